@@ -1,0 +1,204 @@
+"""Prompts as tensors, and the view of them that edits see.
+
+Positions are absolute: the index in the unpadded sequence, BOS = 0, padding = -1. Rows are padded
+on the left, which shifts columns and never positions, so that the last column is the last prompt
+token of every row and generation can go on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from holdfast.errors import SplitError
+
+
+def margin_of(logits: Tensor, targets: Tensor, rivals: Tensor) -> Tensor:
+    """[n] logit of the target minus the *largest* logit among its rivals.
+
+    The largest and not the mean: with the mean the objective can grow while another answer still
+    wins. logits [n vocab], targets [n], rivals [n m] token ids.
+    """
+    target = logits.gather(-1, targets[:, None]).squeeze(-1)
+    return target - logits.gather(-1, rivals).amax(-1)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What an edit may know about the rows and columns it is applied to.
+
+    ids: b example ids; groups: b group labels (feature sets can differ by group);
+    positions [b s]: absolute, -1 for padding; prompt_length [b]: tokens in the prompt, BOS
+    included; bos [b]: whether position 0 is a beginning-of-sequence token.
+    """
+
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    positions: Tensor
+    prompt_length: Tensor
+    bos: Tensor
+
+    def rows(self, rows: Tensor) -> Frame:
+        """The same columns for some rows, in the order given; repeats are allowed."""
+        index = rows.tolist()
+        return Frame(
+            tuple(self.ids[i] for i in index),
+            tuple(self.groups[i] for i in index),
+            self.positions[rows],
+            self.prompt_length[rows],
+            self.bos[rows],
+        )
+
+    def columns(self, columns: slice) -> Frame:
+        return replace(self, positions=self.positions[:, columns])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b prompts, left-padded to s tokens, each with an answer the logits are read for.
+
+    tokens [b s]; positions [b s] absolute, -1 for padding; bos [b]; targets [b] token ids;
+    rivals [b m] token ids the target must beat; alternatives [b a] token ids of answers that could
+    be forced instead; ids unique; clusters: the independent unit of each row (a question, a
+    prompt); groups: the label a feature set can be keyed by.
+    """
+
+    ids: tuple[str, ...]
+    clusters: tuple[str, ...]
+    groups: tuple[str, ...]
+    texts: tuple[str, ...] = field(repr=False)
+    tokens: Tensor
+    positions: Tensor
+    bos: Tensor
+    targets: Tensor
+    rivals: Tensor
+    alternatives: Tensor
+
+    def __post_init__(self) -> None:
+        b = len(self.ids)
+        if len(set(self.ids)) != b:
+            twice = sorted({i for i in self.ids if self.ids.count(i) > 1})
+            raise SplitError(f"example ids must be unique, these are not: {twice[:5]}")
+        sizes = {
+            "clusters": len(self.clusters),
+            "groups": len(self.groups),
+            "texts": len(self.texts),
+            "tokens": self.tokens.shape[0],
+            "positions": self.positions.shape[0],
+            "bos": self.bos.shape[0],
+            "targets": self.targets.shape[0],
+            "rivals": self.rivals.shape[0],
+            "alternatives": self.alternatives.shape[0],
+        }
+        assert all(size == b for size in sizes.values()), f"{b} ids but {sizes}"
+        assert self.tokens.shape == self.positions.shape
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def mask(self) -> Tensor:
+        """[b s] int64, 1 where there is a token: the attention mask."""
+        return (self.positions >= 0).long()
+
+    @property
+    def prompt_length(self) -> Tensor:
+        """[b] number of prompt tokens, BOS included."""
+        return self.positions[:, -1] + 1
+
+    def frame(self) -> Frame:
+        return Frame(self.ids, self.groups, self.positions, self.prompt_length, self.bos)
+
+    def rows(self, rows: Tensor | Sequence[int]) -> Batch:
+        """Some rows; columns that are padding in all of them are dropped."""
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.tokens.device)
+        index = rows.tolist()
+        positions = self.positions[rows]
+        used = (positions >= 0).any(0) if len(index) else torch.ones_like(positions[0] >= 0)
+        first = int(used.int().argmax()) if used.any() else 0
+        return Batch(
+            ids=tuple(self.ids[i] for i in index),
+            clusters=tuple(self.clusters[i] for i in index),
+            groups=tuple(self.groups[i] for i in index),
+            texts=tuple(self.texts[i] for i in index),
+            tokens=self.tokens[rows, first:],
+            positions=positions[:, first:],
+            bos=self.bos[rows],
+            targets=self.targets[rows],
+            rivals=self.rivals[rows],
+            alternatives=self.alternatives[rows],
+        )
+
+    def chunks(self, size: int) -> list[Batch]:
+        """The batch in pieces of at most `size` rows, in order."""
+        return [
+            self.rows(torch.arange(i, min(i + size, len(self)))) for i in range(0, len(self), size)
+        ]
+
+    def answers(self) -> Tensor:
+        """[b 1+m+a] every answer in play: the target, its rivals, the alternatives."""
+        return torch.cat([self.targets[:, None], self.rivals, self.alternatives], 1)
+
+    def given(self, logits: Tensor) -> Tensor:
+        """[b] the answer in play with the largest logit; logits [b vocab]."""
+        answers = self.answers()
+        best = logits.gather(-1, answers).argmax(-1)
+        return answers.gather(-1, best[:, None]).squeeze(-1)
+
+    def aimed(self, targets: Tensor, rivals: Tensor) -> Batch:
+        """The same prompts, read for another answer."""
+        return replace(self, targets=targets, rivals=rivals)
+
+    def margin(self, logits: Tensor) -> Tensor:
+        """[b] how far the target leads its rivals, in logits; logits [b vocab] at the last prompt
+        token."""
+        return margin_of(logits, self.targets, self.rivals)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self,
+            **{
+                name: getattr(self, name).to(device)
+                for name in ("tokens", "positions", "bos", "targets", "rivals", "alternatives")
+            },
+        )
+
+
+def check_disjoint(splits: dict[str, Batch]) -> None:
+    """Raise SplitError if two splits share a prompt text or a cluster (a question, a prompt).
+
+    Features and strengths that saw an audited prompt make optimistic counts.
+    """
+    names = list(splits)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            a, b = splits[first], splits[second]
+            shared = set(a.texts) & set(b.texts)
+            clusters = set(a.clusters) & set(b.clusters)
+            if shared or clusters:
+                raise SplitError(
+                    f"the splits {first!r} and {second!r} must be disjoint, but share "
+                    f"{len(shared)} prompts and {len(clusters)} clusters "
+                    f"(for example {sorted(clusters)[:3]}); draw them from other prompts"
+                )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt before tokenization.
+
+    target: the answer that is the behavior; rivals: what it must beat; alternatives: other answers
+    that could be forced instead, for the wrong-target control; each a continuation of one token.
+    cluster: its independent unit (a question, a prompt); group: what features may be fitted for.
+    """
+
+    id: str
+    text: str
+    target: str
+    rivals: tuple[str, ...]
+    alternatives: tuple[str, ...]
+    cluster: str
+    group: str = ""

@@ -1,0 +1,66 @@
+"""Multiple-choice knowledge of one domain, the setting of unlearning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from holdfast.batch import Example
+from holdfast.behaviors import BehaviorKind, Split
+from holdfast.config import nearest
+from holdfast.organism import corpus
+
+
+class MultipleChoice(BehaviorKind):
+    """The right letter beats the three others at the last prompt token (METHODS J).
+
+    source: whose questions; `organism` is the invented language's. permutations: orders of the
+    choices asked per question; a question is one cluster. The other domains are the neighbors
+    whose accuracy the intervention should leave alone.
+    """
+
+    kind: Literal["mcq"] = "mcq"
+    source: Literal["organism"] = "organism"
+    domain: str = "hazard"
+    permutations: int = Field(12, ge=1, le=24)
+
+    @field_validator("domain")
+    @classmethod
+    def _known(cls, domain: str) -> str:
+        if domain not in corpus.DOMAINS:
+            raise ValueError(f"unknown domain {domain!r}: {nearest(domain, corpus.DOMAINS)}")
+        return domain
+
+    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+        return self._ask(self.domain, split, n)
+
+    def neighbors(self, split: Split, n: int, seed: int) -> dict[str, list[Example]]:
+        others = [domain for domain in corpus.DOMAINS if domain != self.domain]
+        return {domain: self._ask(domain, split, n) for domain in others}
+
+    def _ask(self, domain: str, split: Split, n: int) -> list[Example]:
+        # Permutation by permutation, so that a cut keeps as many questions as it can.
+        asked = [
+            (question, permutation)
+            for question in corpus.questions(domain, split)
+            for permutation in corpus.held_out_permutations(question)[: self.permutations]
+        ]
+        order = sorted(range(len(asked)), key=lambda i: (i % min(self.permutations, 12), i))
+        examples = []
+        for i in order[:n]:
+            question, permutation = asked[i]
+            gold = corpus.LETTERS[permutation.index(question.answer)]
+            others = tuple(letter for letter in corpus.LETTERS if letter != gold)
+            examples.append(
+                Example(
+                    id=f"{question.id}:{''.join(map(str, permutation))}",
+                    text=corpus.question_text(question, permutation),
+                    target=gold,
+                    rivals=others,
+                    alternatives=others,
+                    cluster=question.id,
+                    group=domain,
+                )
+            )
+        return examples

@@ -1,0 +1,167 @@
+"""The command line: thin. Every option is a field of the study or of the runtime.
+
+Imports stay inside the commands, so that `holdfast --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from holdfast.errors import HoldfastError
+
+if TYPE_CHECKING:
+    from holdfast.run import RunReport
+    from holdfast.study import Study
+
+app = typer.Typer(
+    name="holdfast",
+    help="Does a clamp on SAE features hold, or is the behavior still there?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+organism_app = typer.Typer(help="The shipped model organism.", no_args_is_help=True)
+app.add_typer(organism_app, name="organism")
+
+StudyArgument = Annotated[Path, typer.Argument(help="a study file (TOML)")]
+Out = Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/<study>]")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="path=value, the value as TOML; repeatable")
+]
+Limit = Annotated[int | None, typer.Option("--limit", help="audit at most this many prompts")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:0")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="most rows in one pass")]
+
+
+@app.command()
+def run(
+    study: StudyArgument,
+    out: Out = None,
+    set_: Sets = None,
+    limit: Limit = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 256,
+) -> None:
+    """Run a study, or go on with one that was interrupted."""
+    from holdfast.study import load, read_text
+
+    _run(load(study, set_ or (), limit), read_text(study), out, device, batch_size)
+
+
+@app.command()
+def demo(out: Out = None, device: Device = "cpu", batch_size: BatchSize = 256) -> None:
+    """Audit the shipped organism: the whole method in about a minute."""
+    from holdfast.study import bundled, parse
+
+    text = bundled("demo")
+    _run(parse(text), text, out, device, batch_size)
+
+
+@app.command()
+def check(study: StudyArgument, set_: Sets = None, limit: Limit = None) -> None:
+    """Look for mistakes before a run: model, SAEs, sites, splits, padding, cache."""
+    from holdfast.preflight import preflight
+    from holdfast.study import load, plan
+    from holdfast.terminal import findings_table
+
+    findings = preflight(plan(load(study, set_ or (), limit)))
+    findings_table(findings)
+    if any(not finding.passed for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    out: Annotated[Path | None, typer.Option("--out", help="[FOLDER/report.html]")] = None,
+) -> None:
+    """Print a run's table and write its report again, from its records alone."""
+    from holdfast.report import write_report
+    from holdfast.run import open_run
+    from holdfast.summary import summarize
+    from holdfast.terminal import results_table, say_where
+
+    store, plan = open_run(folder)
+    done = [trial for trial in plan.trials if store.has(trial.id)]
+    summary = summarize(plan, store, done, complete=len(done) == len(plan.trials))
+    results_table(summary)
+    say_where(write_report(store, plan, out or folder / "report.html"))
+
+
+@app.command(name="list")
+def list_(
+    family: Annotated[
+        str | None, typer.Argument(help="constraints, behaviors, …; all if left out")
+    ] = None,
+) -> None:
+    """List the kinds a study can name, built-in ones and plug-ins."""
+    from holdfast.kinds import FAMILIES_OF_KINDS, describe
+    from holdfast.terminal import kinds_table
+
+    kinds_table(describe(family) if family else [r for f in FAMILIES_OF_KINDS for r in describe(f)])
+
+
+@organism_app.command(name="train")
+def organism_train(
+    out: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
+    seed: Annotated[int, typer.Option(help="seed of weights and corpus order")] = 0,
+) -> None:
+    """Train the organism, its ignorant twin, their SAEs and the known-answer pair anew."""
+    from holdfast.organism.build import build
+
+    build(out, seed)
+
+
+@organism_app.command(name="check")
+def organism_check(
+    folder: Annotated[
+        Path | None, typer.Argument(help="what `organism train` wrote; the shipped one if left out")
+    ] = None,
+) -> None:
+    """Measure every behavior on held-out prompts and every SAE; fail below what is promised."""
+    from holdfast.organism.check import check_organism
+    from holdfast.terminal import findings_table
+
+    findings = check_organism(folder)
+    findings_table(findings)
+    if any(not finding.passed for finding in findings):
+        raise typer.Exit(1)
+
+
+def _run(study: Study, text: str, out: Path | None, device: str, batch_size: int) -> None:
+    from holdfast.report import write_report
+    from holdfast.run import Runtime, default_folder, open_run, run_study
+    from holdfast.study import plan
+    from holdfast.terminal import progress, results_table, say_where
+
+    planned = plan(study)
+    folder = out or default_folder(planned)
+    command = shlex.join(["holdfast", *sys.argv[1:]])
+    with progress(planned) as watcher:
+        done: RunReport = run_study(
+            planned, folder, Runtime(device, batch_size, command), text, watcher
+        )
+    results_table(done.summary)
+    if done.summary["trials"]:
+        store, planned = open_run(folder)
+        say_where(write_report(store, planned, folder / "report.html"))
+    if done.failures:
+        raise HoldfastError("\n".join(done.failures))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is a message and exit code 2, without a traceback."""
+    try:
+        app()
+    except HoldfastError as error:
+        from rich.console import Console
+
+        Console(stderr=True, soft_wrap=True).print(
+            f"holdfast: {error}", style="red", markup=False, highlight=False
+        )
+        sys.exit(2)

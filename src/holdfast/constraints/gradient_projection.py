@@ -1,0 +1,71 @@
+"""The published way, kept as a baseline: project the gradient, then let Adam step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from holdfast.constraints import ConstraintKind
+from holdfast.problem import Problem
+from holdfast.steppers import Adam
+
+
+@dataclass(frozen=True)
+class ProjectedGradient:
+    """Gradients go through `I − A(AᵀA + ridge·I)⁻¹Aᵀ`; iterates are left where Adam puts them.
+
+    projector [g d d] float32; slice_of [n].
+    """
+
+    projector: Tensor
+    free: Tensor
+    slice_of: Tensor
+
+    @property
+    def dimension(self) -> Tensor:
+        return self.free[self.slice_of]
+
+    def rows(self, rows: Tensor) -> ProjectedGradient:
+        return replace(self, slice_of=self.slice_of[rows])
+
+    def tangent(self, gradient: Tensor) -> Tensor:
+        if len(self.projector) == 1:
+            return gradient @ self.projector[0]
+        return torch.bmm(gradient, self.projector[self.slice_of])
+
+    def retract(self, delta: Tensor) -> Tensor:
+        return delta
+
+
+class GradientProjection(ConstraintKind):
+    """What the released code of arXiv 2606.18322 does (core.py, METHODS C.2): it leaks.
+
+    ridge: added to AᵀA before inverting, 1e-4 as published.
+    """
+
+    kind: Literal["gradient_projection"] = "gradient_projection"
+    ridge: float = Field(1e-4, gt=0)
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    @property
+    def stepper(self) -> Adam:
+        return Adam()
+
+    def feasible(self, problem: Problem) -> ProjectedGradient:
+        held = problem.held
+        A = held.W_enc.double()
+        k, d = A.shape[2], A.shape[1]
+        ridge = self.ridge * torch.eye(k, dtype=A.dtype, device=A.device)
+        inner = torch.linalg.solve(A.mT @ A + ridge, A.mT)
+        eye = torch.eye(d, dtype=A.dtype, device=A.device)
+        projector = (eye - A @ inner).float()
+        return ProjectedGradient(
+            projector, d - held.valid.sum(1), held.slices(problem.replay.frame)
+        )

@@ -1,0 +1,97 @@
+"""Controls: the same search asked something that should be hard if "recovered" means anything.
+
+A control is an ordinary trial on the same prompts, paired by example id. One file a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, SerializeAsAny
+from torch import Tensor
+
+from holdfast.batch import Batch
+from holdfast.canonical import digest
+from holdfast.config import Kind
+from holdfast.edits import Edit
+from holdfast.features import FeatureSet
+from holdfast.registry import Registry
+from holdfast.setting import Setting
+from holdfast.subject import Subject
+
+CONTROLS = Registry(
+    "controls",
+    {
+        "none": "holdfast.controls.none:NoControl",
+        "wrong_target": "holdfast.controls.wrong_target:WrongTarget",
+        "no_clamp": "holdfast.controls.no_clamp:NoClamp",
+        "ignorant": "holdfast.controls.ignorant:Ignorant",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is searched: n audited rows of the test batch, and what is asked of them.
+
+    rows [n] of the test batch; batch: these rows, aimed at the answer that is searched for;
+    clean_margin [n]: of the right answer in the audited subject, which sets the goal; dropped: example id → why a valid row is not searched.
+    """
+
+    subject: Subject
+    edits: tuple[Edit, ...]
+    features: FeatureSet
+    rows: Tensor
+    batch: Batch
+    clean_margin: Tensor
+    dropped: dict[str, str]
+
+
+class ControlKind(Kind):
+    """A control."""
+
+    def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
+        """What to search, from the audit's setting and, if it is needed, its ignorant twin's."""
+        raise NotImplementedError
+
+
+def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
+    """The same prompts, aimed at an alternative that the model does not give now.
+
+    predicted [b]: the token each prompt is answered with at present. Among the alternatives that
+    are neither that nor the right answer one is drawn by example id, so that it is neither the
+    easiest nor the hardest. It must beat the right answer and all others.
+    """
+    targets, rivals = [], []
+    answers = batch.answers()
+    for row in range(len(batch)):
+        right = int(batch.targets[row])
+        free = [
+            token
+            for token in dict.fromkeys(batch.alternatives[row].tolist())
+            if token not in (right, int(predicted[row]))
+        ]
+        # With a single alternative that is already predicted there is nothing else to aim at; the
+        # row is then dropped by the caller, because it shows the wrong target before any search.
+        free = free or [int(batch.alternatives[row, 0])]
+        target = free[int(digest(batch.ids[row])[:8], 16) % len(free)]
+        others = [t for t in dict.fromkeys(answers[row].tolist()) if t != target]
+        targets.append(target)
+        rivals.append(others)
+    width = max(len(others) for others in rivals)
+    padded = [others + others[:1] * (width - len(others)) for others in rivals]
+    device = batch.tokens.device
+    return batch.aimed(
+        torch.as_tensor(targets, device=device), torch.as_tensor(padded, device=device)
+    )
+
+
+def as_kind(value: Any) -> Any:
+    """`"wrong_target"` is short for `{kind = "wrong_target"}`."""
+    return CONTROLS.parse({"kind": value} if isinstance(value, str) else value)
+
+
+Control = Annotated[SerializeAsAny[ControlKind], BeforeValidator(as_kind)]

@@ -1,0 +1,32 @@
+"""No clamp: what forcing a wrong answer costs in the untouched model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from holdfast.controls import Case, ControlKind, aim_elsewhere
+from holdfast.setting import Setting
+
+
+class NoClamp(ControlKind):
+    """The valid prompts without the intervention, aimed at a wrong answer.
+
+    The same features are held still, but nothing is clamped. It says what an answer costs that
+    neither the prompt nor an intervention prepared.
+    """
+
+    kind: Literal["no_clamp"] = "no_clamp"
+
+    def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
+        rows = setting.valid
+        batch = setting.test.rows(rows)
+        return Case(
+            subject=setting.subject,
+            edits=(),
+            features=setting.features,
+            rows=rows,
+            batch=aim_elsewhere(batch, batch.targets),
+            clean_margin=setting.clean_margin[rows],
+            dropped={},
+        )

@@ -1,0 +1,32 @@
+"""Wrong target: can the search force an answer that was never there as cheaply as the right one?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from holdfast.controls import Case, ControlKind, aim_elsewhere
+from holdfast.setting import Setting
+
+
+class WrongTarget(ControlKind):
+    """The valid prompts with the clamp on, aimed at a third name or another letter.
+
+    The target is neither the right answer nor the one given under the clamp, so that it takes a
+    push like the right one does; the goal is the right answer's.
+    """
+
+    kind: Literal["wrong_target"] = "wrong_target"
+
+    def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
+        rows = setting.valid
+        batch = setting.test.rows(rows)
+        return Case(
+            subject=setting.subject,
+            edits=setting.edits,
+            features=setting.features,
+            rows=rows,
+            batch=aim_elsewhere(batch, setting.suppressed_answer[rows]),
+            clean_margin=setting.clean_margin[rows],
+            dropped={},
+        )

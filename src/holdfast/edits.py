@@ -1,0 +1,242 @@
+"""Edits: everything that touches activations, and the only place where it is done.
+
+A clamp is an edit, a perturbation is an edit, reading a residual is an edit that returns what it
+got. Edits at one site act in the order of the tuple they are given in; sites act in forward order,
+so a later site sees what earlier edits did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from holdfast.batch import Batch, Frame
+from holdfast.errors import EditNeverFiredError, PositionError
+from holdfast.positions import Where, selected
+from holdfast.saes.bank import FeatureBank
+from holdfast.saes.sae import SAE
+from holdfast.sites import Site
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """A change of the residual stream at some sites and positions."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites it acts on."""
+        ...
+
+    def selects(self, site: Site, frame: Frame) -> Tensor:
+        """[b s] bool: the tokens it acts on. Where this is false, x must come back bit-equal."""
+        ...
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        """The residual after the edit, [b s d_model], in the dtype of x."""
+        ...
+
+    def check_fired(self, site: Site, n_fired: int) -> None:
+        """Raise EditError if acting on `n_fired` tokens in a whole pass is not what was asked."""
+        ...
+
+
+def never_fired(edit: object, site: Site) -> EditNeverFiredError:
+    return EditNeverFiredError(
+        f"{type(edit).__name__} at {site} touched no token of any row; check its positions and "
+        "whether BOS is excluded"
+    )
+
+
+def splice(x: Tensor, change: Tensor, mask: Tensor) -> Tensor:
+    """x + change where mask, x itself (bit-equal) elsewhere; the sum is taken in float32.
+
+    x [b s d], change [b s d], mask [b s].
+    """
+    return torch.where(mask[..., None], (x.float() + change).to(x.dtype), x)
+
+
+@dataclass(frozen=True)
+class FeatureEdit:
+    """Give some features new values: `x + Σ_i (c_i − z_i)·W_dec[i] − (1 − α)·e`.
+
+    The sum is the error-preserving clamp `D(clamp(z)) + (x − D(z))` for any linear decoder, with
+    only |S| columns and rows (METHODS 0.2). `e = x − D(E(x))` is the SAE's error: α = 1 keeps it
+    (and needs no full encode), α = 0 drops it, so that the clamped reconstruction is passed on.
+    All c_i are computed from the same z, before any of them is set.
+    """
+
+    bank: FeatureBank
+    mode: str
+    value: float
+    where: Where = "all"
+    include_bos: bool = False
+    error_scale: float = 1.0
+    sae: SAE | None = None
+
+    def __post_init__(self) -> None:
+        assert self.error_scale == 1.0 or self.sae is not None, "scaling the error needs the SAE"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.bank.site,)
+
+    def selects(self, site: Site, frame: Frame) -> Tensor:
+        return selected(self.where, self.include_bos, frame)
+
+    def assigned(self, z: Tensor) -> Tensor:
+        """The value each feature is given, from its present value z [b s k] (METHODS A.3)."""
+        if self.mode == "set":
+            return torch.full_like(z, self.value)
+        if self.mode == "set_where_active":
+            return torch.where(z > 0, torch.full_like(z, self.value), z)
+        assert self.mode == "multiply", self.mode
+        return self.value * z
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        z = self.bank.activations(x, frame)
+        change = self.bank.decode(self.assigned(z) - z, frame)
+        if self.sae is not None and self.error_scale != 1.0:
+            error = x.float() - self.sae.decode(self.sae.encode(x))
+            change = change - (1.0 - self.error_scale) * error
+        return splice(x, change, self.selects(site, frame))
+
+    def check_fired(self, site: Site, n_fired: int) -> None:
+        if n_fired == 0:
+            raise never_fired(self, site)
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Vectors added to the residual at absolute positions, one set a prompt.
+
+    deltas: site → [b p d_model] float32; positions [b p] absolute, -1 where a row has fewer;
+    rows are found by example id, so a pass over some of the rows adds the right vectors.
+    """
+
+    ids: tuple[str, ...]
+    positions: Tensor
+    deltas: Mapping[Site, Tensor]
+    _row: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        b, p = self.positions.shape
+        assert len(self.ids) == b
+        for site, delta in self.deltas.items():
+            assert delta.shape[:2] == (b, p), f"{site}: {tuple(delta.shape)} for {(b, p)}"
+        object.__setattr__(self, "_row", {example: row for row, example in enumerate(self.ids)})
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self.deltas)
+
+    @property
+    def norm(self) -> Tensor:
+        """[b] Frobenius norm over all perturbed sites and positions, in residual units."""
+        squares = [delta.double().pow(2).sum((1, 2)) for delta in self.deltas.values()]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def _own_rows(self, frame: Frame) -> Tensor:
+        unknown = [example for example in frame.ids if example not in self._row]
+        if unknown:
+            raise PositionError(
+                f"the perturbation has no vectors for the prompts {unknown[:3]}; it was made for "
+                f"{len(self.ids)} others"
+            )
+        return torch.as_tensor([self._row[e] for e in frame.ids], device=self.positions.device)
+
+    def _matches(self, frame: Frame) -> Tensor:
+        """[b p s] bool: perturbed position p of the row is column s of the frame."""
+        own = self.positions[self._own_rows(frame)]
+        return (own[:, :, None] == frame.positions[:, None, :]) & (own >= 0)[:, :, None]
+
+    def selects(self, site: Site, frame: Frame) -> Tensor:
+        return self._matches(frame).any(1)
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        matches = self._matches(frame)
+        delta = self.deltas[site][self._own_rows(frame)]
+        change = torch.einsum("bps,bpd->bsd", matches.to(delta.dtype), delta)
+        return splice(x, change, matches.any(1))
+
+    def check_fired(self, site: Site, n_fired: int) -> None:
+        # Which rows ran is not known here, so the exact count is checked by `check_inside`.
+        if n_fired == 0:
+            raise never_fired(self, site)
+
+    def check_inside(self, batch: Batch, n_generated: int = 0) -> None:
+        """Raise PositionError if a position lies outside the prompt and what is generated.
+
+        The published code skips such rows silently, which is how its answer perturbations came to
+        act nowhere (METHODS D.9-1).
+        """
+        own = self.positions[self._own_rows(batch.frame())]
+        end = batch.prompt_length[:, None] + n_generated
+        outside = own >= end
+        if outside.any():
+            row = int(outside.any(1).int().argmax())
+            raise PositionError(
+                f"prompt {batch.ids[row]}: perturbed positions {own[row].tolist()}, but the "
+                f"sequence has positions 0 to {int(end[row, 0]) - 1}"
+            )
+
+
+@dataclass
+class Capture:
+    """Reads the residual at one site as the edits before it in the tuple left it.
+
+    The one edit with state: `seen` holds (frame, x) of every pass, x detached.
+    """
+
+    site: Site
+    seen: list[tuple[Frame, Tensor]] = field(default_factory=list)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.site,)
+
+    def selects(self, site: Site, frame: Frame) -> Tensor:
+        return frame.positions >= 0
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        self.seen.append((frame, x.detach()))
+        return x
+
+    def check_fired(self, site: Site, n_fired: int) -> None:
+        if n_fired == 0:
+            raise never_fired(self, site)
+
+    def at(self, ids: tuple[str, ...], positions: Tensor) -> Tensor:
+        """[b p d_model]: what was read for the prompts `ids` at absolute positions [b p].
+
+        Rows of -1 come back as zeros. Raises PositionError if a position was never seen.
+        """
+        row_of = {example: row for row, example in enumerate(ids)}
+        d = self.seen[0][1].shape[-1]
+        found = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
+        out = torch.zeros(*positions.shape, d, device=positions.device)
+        for frame, x in self.seen:
+            here = [(i, row_of[e]) for i, e in enumerate(frame.ids) if e in row_of]
+            if not here:
+                continue
+            local, rows = (torch.as_tensor(column) for column in zip(*here, strict=True))
+            wanted = positions[rows]
+            match = (wanted[:, :, None] == frame.positions[local][:, None, :]) & (wanted >= 0)[
+                :, :, None
+            ]
+            hit = match.any(-1)
+            column = match.int().argmax(-1)
+            values = x[local[:, None], column].float()
+            out[rows] = torch.where(hit[..., None], values, out[rows])
+            found[rows] |= hit
+        missing = ~found & (positions >= 0)
+        if missing.any():
+            row = int(missing.any(1).int().argmax())
+            raise PositionError(
+                f"prompt {ids[row]}: nothing was read at {self.site} at the positions "
+                f"{positions[row][missing[row]].tolist()}"
+            )
+        return out

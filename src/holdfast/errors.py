@@ -1,0 +1,100 @@
+"""Everything holdfast raises on purpose.
+
+A finding (the clamp held, the search diverged) is a value, never an exception; these are mistakes
+and impossible requests. Each message says what was expected, what came, and what to do.
+
+    HoldfastError
+    ├── StudyError              a study file that is missing, broken or asks for unknown things
+    │   └── UnknownNameError    a name that is not known; the nearest known ones are in the message
+    ├── SubjectError            a model or tokenizer that cannot be used
+    │   ├── SAEError            an SAE that does not belong to this model or site
+    │   ├── DeviceError         a device that was asked for and is not there
+    │   └── NonFiniteError      NaN or infinite logits
+    ├── FeatureError            feature ids out of range, twice, or missing for a group
+    ├── SplitError              prompts shared between splits that must be disjoint
+    ├── EmptyValidSetError      no prompt left to audit; carries the funnel
+    ├── EditError               an edit that cannot be applied
+    │   ├── EditNeverFiredError an edit that touched nothing
+    │   └── PositionError       a position outside the sequence
+    └── StoreError              a run's folder that cannot be used
+        ├── ForeignRunError     the folder belongs to another study, or to no run at all
+        ├── DamagedRecordError  a record or artifact that does not match its hash
+        └── RunLockedError      another process is writing this run
+"""
+
+from __future__ import annotations
+
+
+class HoldfastError(Exception):
+    """Base of every error holdfast raises on purpose."""
+
+
+class StudyError(HoldfastError):
+    """A study file is missing, broken, or asks for something that does not exist."""
+
+
+class UnknownNameError(StudyError):
+    """A name is not known; the message lists the nearest known ones."""
+
+
+class SubjectError(HoldfastError):
+    """A model or tokenizer cannot be used."""
+
+
+class SAEError(SubjectError):
+    """An SAE does not belong to this model or site, or its file is of no known layout."""
+
+
+class DeviceError(SubjectError):
+    """A device was asked for that is not there."""
+
+
+class NonFiniteError(SubjectError):
+    """The model returned NaN or infinite logits."""
+
+
+class FeatureError(HoldfastError):
+    """Feature ids are out of range, repeated, or missing for a group."""
+
+
+class SplitError(HoldfastError):
+    """Prompts are shared between splits that must be disjoint."""
+
+
+class EmptyValidSetError(HoldfastError):
+    """No prompt is left to audit.
+
+    `funnel` maps each stage to the number of prompts that reached it, in order.
+    """
+
+    def __init__(self, message: str, funnel: dict[str, int]):
+        super().__init__(message)
+        self.funnel = funnel
+
+
+class EditError(HoldfastError):
+    """An edit cannot be applied."""
+
+
+class EditNeverFiredError(EditError):
+    """An edit was attached and touched no position of any row."""
+
+
+class PositionError(EditError):
+    """An edit names a position that is outside the sequence."""
+
+
+class StoreError(HoldfastError):
+    """A run's folder cannot be used."""
+
+
+class ForeignRunError(StoreError):
+    """The folder holds another study's run, or files that are no run."""
+
+
+class DamagedRecordError(StoreError):
+    """A record or an artifact does not match what was written."""
+
+
+class RunLockedError(StoreError):
+    """Another process is writing to this run's folder."""

@@ -1,0 +1,131 @@
+"""The only file that touches torch hooks.
+
+Edits are attached to decoder blocks for the length of a `with` block, see absolute positions, take
+tuple or tensor outputs, and are gone afterwards even if the pass raised. A pass in which an edit
+never fired is an error: a hook that does nothing is the most quiet way to a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.batch import Frame
+from holdfast.edits import Edit
+from holdfast.errors import EditError
+from holdfast.sites import Site
+
+
+def apply_edits(edits: Sequence[Edit], site: Site, x: Tensor, frame: Frame) -> Tensor:
+    """x [b s d] after every edit that acts at `site`, in order."""
+    for edit in edits:
+        if site in edit.sites and bool(edit.selects(site, frame).any()):
+            x = edit.apply(site, x, frame)
+    return x
+
+
+class AttachedEdits:
+    """Edits attached to a model's blocks, used as a context manager.
+
+    `frame` says which rows and columns the next forward call is about; set it before every call.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, edits: Sequence[Edit]):
+        self._blocks = blocks
+        self._edits = tuple(edits)
+        self._handles: list[Any] = []
+        self._fired: dict[tuple[int, Site], int] = defaultdict(int)
+        self.frame: Frame | None = None
+
+    def __enter__(self) -> AttachedEdits:
+        try:
+            for site in sorted({site for edit in self._edits for site in edit.sites}):
+                self._attach(site)
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self._detach()
+        if kind is None:
+            for index, edit in enumerate(self._edits):
+                for site in edit.sites:
+                    edit.check_fired(site, self._fired[index, site])
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _attach(self, site: Site) -> None:
+        if site.depth > len(self._blocks):
+            raise EditError(
+                f"no site {site}: the model has {len(self._blocks)} blocks (0 to "
+                f"{len(self._blocks) - 1})"
+            )
+        if site.depth == 0:
+
+            def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+                return (self._edit(site, args[0]), *args[1:])
+
+            self._handles.append(self._blocks[0].register_forward_pre_hook(before))
+            return
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            # transformers blocks return a tensor or a tuple that begins with it, by version
+            if isinstance(output, tuple):
+                return (self._edit(site, output[0]), *output[1:])
+            return self._edit(site, output)
+
+        self._handles.append(self._blocks[site.layer].register_forward_hook(after))
+
+    def _edit(self, site: Site, x: Tensor) -> Tensor:
+        frame = self.frame
+        if frame is None or x.ndim != 3 or x.shape[:2] != frame.positions.shape:
+            expected = None if frame is None else tuple(frame.positions.shape)
+            raise EditError(
+                f"at {site}: expected a residual [b s d_model] with [b s] = {expected}, got "
+                f"{tuple(x.shape)}"
+            )
+        for index, edit in enumerate(self._edits):
+            if site in edit.sites:
+                n_selected = int(edit.selects(site, frame).sum())
+                self._fired[index, site] += n_selected
+                if n_selected:
+                    x = edit.apply(site, x, frame)
+        return x
+
+
+def record_calls(
+    blocks: nn.ModuleList, run: Callable[[], None]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments each block was called with during `run()`, in block order.
+
+    This is how replay needs no code per family: masks, rotary embeddings and whatever else a
+    family passes are taken as they were. Raises EditError if a block was not called exactly once.
+    """
+    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = defaultdict(list)
+    handles = []
+    try:
+        for layer, block in enumerate(blocks):
+
+            def before(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer
+            ) -> None:
+                calls[layer].append((args, dict(kwargs)))
+
+            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    counts = [len(calls[layer]) for layer in range(len(blocks))]
+    if counts != [1] * len(blocks):
+        raise EditError(f"expected one call of each block in a pass, counted {counts}")
+    return [calls[layer][0] for layer in range(len(blocks))]

@@ -1,0 +1,66 @@
+"""Measurements: a figure with its unit, its interval, and what could not be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from holdfast.config import Config
+from holdfast.statistics import Interval, bootstrap, clustered_rate, wilson
+
+
+class Measurement(Config):
+    """One figure over prompts.
+
+    estimate, low, high: None where nothing was scored; method: of the interval, and whether it
+    respects clusters; n: prompts scored; n_unscored: prompts without a value, for `reason`.
+    """
+
+    name: str
+    unit: str
+    estimate: float | None
+    low: float | None
+    high: float | None
+    method: str
+    n: int
+    n_unscored: int
+    n_clusters: int
+    reason: str = ""
+
+
+def _measurement(name: str, unit: str, interval: Interval, reason: str) -> Measurement:
+    def number(value: float) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
+    return Measurement(
+        name=name,
+        unit=unit,
+        estimate=number(interval.estimate),
+        low=number(interval.low),
+        high=number(interval.high),
+        method=interval.method,
+        n=interval.n,
+        n_unscored=interval.n_dropped,
+        n_clusters=interval.n_clusters,
+        reason=reason if interval.n_dropped else "",
+    )
+
+
+def rate(name: str, hits: Tensor, clusters: Sequence[str]) -> Measurement:
+    """Share of prompts [n] bool: Wilson if every prompt is its own cluster, else by cluster."""
+    values = hits.double().cpu().numpy()
+    if len(set(clusters)) == len(clusters):
+        interval = wilson(int(values.sum()), len(values))
+    else:
+        interval = clustered_rate(values, clusters)
+    return _measurement(name, "share of prompts", interval, "")
+
+
+def median(
+    name: str, unit: str, values: Tensor, clusters: Sequence[str], reason: str = ""
+) -> Measurement:
+    """Median over prompts [n] with a cluster-bootstrap interval; NaN is unscored for `reason`."""
+    interval = bootstrap(values.double().cpu().numpy(), "median", clusters)
+    return _measurement(name, unit, interval, reason)

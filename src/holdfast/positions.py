@@ -1,0 +1,42 @@
+"""Which positions an edit acts on: a policy, decided on absolute positions only.
+
+Under a KV cache a hook sees one new token; a policy that counted columns would fail there
+(METHODS D.9-1), so every rule reads the frame's absolute positions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from holdfast.batch import Frame
+
+Where = (
+    Literal["all", "prompt", "generated", "last_prompt"] | tuple[Annotated[int, Field(ge=0)], ...]
+)
+
+
+def selected(where: Where, include_bos: bool, frame: Frame) -> Tensor:
+    """[b s] bool: the tokens of `frame` that the policy names. Padding is never selected.
+
+    `include_bos` decides about the BOS token for every policy, also for an explicit list.
+    """
+    positions = frame.positions
+    length = frame.prompt_length[:, None]
+    if where == "all":
+        mask = positions >= 0
+    elif where == "prompt":
+        mask = (positions >= 0) & (positions < length)
+    elif where == "generated":
+        mask = positions >= length
+    elif where == "last_prompt":
+        mask = positions == length - 1
+    else:
+        mask = positions.new_zeros(positions.shape, dtype=bool)
+        for position in where:
+            mask |= positions == position
+    if not include_bos:
+        mask = mask & ~((positions == 0) & frame.bos[:, None])
+    return mask

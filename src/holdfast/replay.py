@@ -1,0 +1,178 @@
+"""Replay: the part of the forward pass that a perturbation can change, and nothing else.
+
+A perturbation at positions ≥ p₀ and sites ≥ ℓ leaves every earlier position and every lower layer as
+it was. So the prefix runs once, its keys and values are kept, the arguments of every block are
+recorded for the suffix, and a step calls only the blocks above ℓ on the suffix columns. Equal to
+the full forward pass in logits and gradients; a test holds it to 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.batch import Batch, Frame
+from holdfast.edits import Capture, Edit
+from holdfast.hooks import AttachedEdits, apply_edits, record_calls
+from holdfast.sites import Site
+from holdfast.subject import Subject
+
+
+class PrefixCache:
+    """Keys and values of the prefix that are never changed: `update` returns prefix + new.
+
+    prefix: layer → (keys, values), each [n heads s₀ d_head], or empty without a prefix.
+    """
+
+    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor]]):
+        self.prefix = prefix
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.prefix:
+            return keys, values
+        old_keys, old_values = self.prefix[layer]
+        return torch.cat([old_keys, keys], -2), torch.cat([old_values, values], -2)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What was recorded for n rows; `rows` picks some of them, repeats allowed.
+
+    site: the lowest perturbed one; base [n s d_model]: its residual in the suffix columns before
+    the perturbation; columns [n p]: suffix column of each perturbed position, -1 for none.
+    `before` and `after` act at the perturbed site, before and after the perturbation; `base`
+    already contains `before`.
+    """
+
+    subject: Subject
+    site: Site
+    batch: Batch
+    frame: Frame
+    base: Tensor
+    columns: Tensor
+    after: tuple[Edit, ...]
+    above: tuple[Edit, ...]
+    prefix: tuple[tuple[Tensor, Tensor], ...]
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+    @classmethod
+    def record(
+        cls,
+        subject: Subject,
+        batch: Batch,
+        site: Site,
+        positions: Tensor,
+        before: Sequence[Edit] = (),
+        after: Sequence[Edit] = (),
+    ) -> Replay:
+        """Run the prefix and the suffix once with the edits on.
+
+        positions [b p] absolute, -1 for none. An edit stands either in `before` (it acts first,
+        the perturbation has the last word) or in `after` (the edit has the last word); the
+        distinction matters only at `site`.
+        """
+        from transformers import DynamicCache
+
+        edits = (*before, *after)
+        first_position = torch.where(positions >= 0, positions, batch.positions.amax()).amin(1)
+        matches = batch.positions == first_position[:, None]
+        start = int(matches.int().argmax(1).min())
+        cache = DynamicCache(config=subject.model.config)
+        blocks = subject.family.blocks_of(subject.model)
+        capture = Capture(site)
+        suffix = slice(start, batch.tokens.shape[1])
+        with torch.no_grad(), AttachedEdits(blocks, (*before, capture, *after)) as attached:
+            if start > 0:
+                prefix_columns = slice(0, start)
+                attached.frame = batch.frame().columns(prefix_columns)
+                cls._pass(subject, batch, prefix_columns, cache)
+            # The suffix pass appends to the cache by making new tensors; these stay the prefix.
+            prefix = tuple((layer.keys, layer.values) for layer in cache.layers) if start else ()
+            attached.frame = batch.frame().columns(suffix)
+            calls = record_calls(blocks, lambda: cls._pass(subject, batch, suffix, cache))
+        frame = batch.frame().columns(suffix)
+        match = positions[:, :, None] == frame.positions[:, None, :]
+        match &= (positions >= 0)[:, :, None]
+        columns = torch.where(match.any(-1), match.int().argmax(-1), -1)
+        return cls(
+            subject=subject,
+            site=site,
+            batch=batch,
+            frame=frame,
+            base=capture.seen[-1][1],
+            columns=columns,
+            after=tuple(edit for edit in after if site in edit.sites),
+            above=tuple(edit for edit in edits if any(s > site for s in edit.sites)),
+            prefix=prefix,
+            calls=tuple((args[1:], kwargs) for args, kwargs in calls),
+        )
+
+    @staticmethod
+    def _pass(subject: Subject, batch: Batch, columns: slice, cache: Any) -> None:
+        subject.model(
+            input_ids=batch.tokens[:, columns],
+            attention_mask=batch.mask[:, : columns.stop],
+            position_ids=batch.positions[:, columns].clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+    def __len__(self) -> int:
+        return self.base.shape[0]
+
+    def rows(self, rows: Tensor) -> Replay:
+        """The recording of some rows, in the order given; a row may be repeated (lanes)."""
+        n = len(self)
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == n and n > 1:
+                return value[rows]
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == n == 1:
+                return value.expand(len(rows), *value.shape[1:])
+            if isinstance(value, tuple):
+                return tuple(pick(item) for item in value)
+            return value
+
+        return replace(
+            self,
+            frame=self.frame.rows(rows),
+            base=self.base[rows],
+            columns=self.columns[rows],
+            prefix=tuple((keys[rows], values[rows]) for keys, values in self.prefix),
+            calls=tuple(
+                (pick(args), {name: pick(value) for name, value in kwargs.items()})
+                for args, kwargs in self.calls
+            ),
+        )
+
+    def residual(self) -> Tensor:
+        """[n p d_model] float32: the residual at the perturbed positions, without perturbation."""
+        rows = torch.arange(len(self), device=self.base.device)[:, None]
+        found = (self.columns >= 0)[..., None]
+        return torch.where(found, self.base[rows, self.columns.clamp(min=0)].float(), 0.0)
+
+    def logits(self, delta: Tensor) -> Tensor:
+        """Logits [n vocab] at the last prompt token with `delta` [n p d_model] added; float32."""
+        n, s, d = self.base.shape
+        x = self.base
+        placed = torch.zeros(n, s + 1, d, dtype=torch.float32, device=x.device)
+        # Unused positions (-1) land in an extra column that is cut off again.
+        index = torch.where(self.columns >= 0, self.columns, s)[..., None].expand(-1, -1, d)
+        placed = placed.scatter_add(1, index, delta)[:, :s]
+        x = (x.float() + placed).to(x.dtype)
+        x = apply_edits(self.after, self.site, x, self.frame)
+        blocks = self.subject.family.blocks_of(self.subject.model)
+        cache = PrefixCache(self.prefix)
+        for layer in range(self.site.depth, len(blocks)):
+            args, kwargs = self.calls[layer]
+            out = blocks[layer](x, *args, **{**kwargs, "past_key_values": cache})
+            x = out[0] if isinstance(out, tuple) else out
+            x = apply_edits(self.above, Site(layer + 1), x, self.frame)
+        return self.subject.family.unembed_of(self.subject.model, x[:, -1]).float()

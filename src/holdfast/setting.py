@@ -1,0 +1,120 @@
+"""What every trial of an audit shares: splits, features, the clamp, and which prompts it flips.
+
+clean → suppressed → valid, with features and strengths fitted on other prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from pydantic import Field
+from torch import Tensor
+
+from holdfast.batch import Batch, check_disjoint
+from holdfast.behaviors import BehaviorKind
+from holdfast.config import Config
+from holdfast.discovery import DiscoveryKind, with_scale
+from holdfast.edits import Edit
+from holdfast.features import FeatureSet
+from holdfast.interventions import InterventionKind
+from holdfast.strength import choose_strength
+from holdfast.subject import Subject
+
+
+class Data(Config):
+    """How many prompts each split may hold at most. Features are fitted on `fit`, strengths chosen
+    on `tune`, and `test` is audited; no prompt is in two of them."""
+
+    fit: int = Field(200, ge=1)
+    tune: int = Field(100, ge=1)
+    test: int = Field(200, ge=1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An intervention on a subject, and what it does to n test prompts.
+
+    clean_margin, suppressed_margin [n], in logits; clean_answer, suppressed_answer [n] token ids;
+    neighbors: name → (batch, clean margin, suppressed margin) of what should be left alone.
+    """
+
+    subject: Subject
+    features: FeatureSet
+    intervention: InterventionKind
+    edits: tuple[Edit, ...]
+    sizes: dict[str, int]
+    test: Batch
+    clean_margin: Tensor
+    suppressed_margin: Tensor
+    clean_answer: Tensor
+    suppressed_answer: Tensor
+    neighbors: dict[str, tuple[Batch, Tensor, Tensor]]
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """[n] bool: the behavior is there without the intervention."""
+        return self.clean_margin > 0
+
+    @cached_property
+    def suppressed(self) -> Tensor:
+        """[n] bool: the behavior is there without the intervention and gone with it."""
+        return self.clean & (self.suppressed_margin <= 0)
+
+    @property
+    def valid(self) -> Tensor:
+        """Rows of `test` to audit."""
+        return self.suppressed.nonzero().flatten()
+
+
+def prepare(
+    subject: Subject,
+    behavior: BehaviorKind,
+    discovery: DiscoveryKind,
+    intervention: InterventionKind,
+    data: Data,
+    seed: int,
+) -> Setting:
+    """Fit features and strength on their own splits, apply the intervention to the test split.
+
+    Raises SplitError if two splits share a prompt or a cluster.
+    """
+    splits = {
+        "fit": subject.batch(behavior.examples("fit", data.fit, seed)),
+        "tune": subject.batch(behavior.examples("tune", data.tune, seed)),
+        "test": subject.batch(behavior.examples("test", data.test, seed)),
+    }
+    check_disjoint(splits)
+    fit_neighbors = {
+        name: subject.batch(examples)
+        for name, examples in behavior.neighbors("fit", data.fit, seed).items()
+    }
+    features = discovery.find(subject, splits["fit"], fit_neighbors)
+    features = with_scale(subject, splits["fit"], features)
+    tune_neighbors = {
+        name: subject.batch(examples)
+        for name, examples in behavior.neighbors("tune", data.tune, seed).items()
+    }
+    chosen = choose_strength(subject, intervention, features, splits["tune"], tune_neighbors)
+    edits = chosen.edits(subject, features)
+
+    test = splits["test"]
+    clean, suppressed = subject.outputs(test)[:, -1], subject.outputs(test, edits)[:, -1]
+    neighbors = {}
+    for name, examples in behavior.neighbors("test", data.test, seed).items():
+        batch = subject.batch(examples)
+        margins = [batch.margin(subject.outputs(batch, e)[:, -1]) for e in ((), edits)]
+        neighbors[name] = (batch, margins[0], margins[1])
+    return Setting(
+        subject=subject,
+        features=features,
+        intervention=chosen,
+        edits=edits,
+        sizes={name: len(batch) for name, batch in splits.items()},
+        test=test,
+        clean_margin=test.margin(clean),
+        suppressed_margin=test.margin(suppressed),
+        clean_answer=test.given(clean),
+        suppressed_answer=test.given(suppressed),
+        neighbors=neighbors,
+    )

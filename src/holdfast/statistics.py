@@ -1,0 +1,325 @@
+"""Intervals and tests for what a study reports: rates, medians, paired differences, p-values.
+
+Every n counts audited rows; clusters are the independent units behind them (questions, prompts).
+Many rows of one question are not many observations (METHODS B and G.5: 91 flips of 6 questions),
+so wherever `clusters` is given whole clusters are resampled, and `Interval.method` says which of
+the two was done. NaN means "not scored": such rows are left out and counted in `n_dropped`.
+
+Bootstrap intervals are percentile intervals (Efron and Tibshirani 1993, ch. 13) whose ends are
+order statistics: nothing is interpolated, so infinite values need no special care there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Statistic = Literal["mean", "median"]
+Clusters = Sequence[Hashable] | NDArray[np.generic]
+Floats = NDArray[np.float64]
+
+# Entries of the largest [resamples, rows] table the bootstrap holds at a time (32 MB).
+_MAX_ENTRIES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and where it may lie.
+
+    `low` and `high` bound `estimate` at `level` (0.95 = 95 %); both are NaN where the data cannot
+    say, and `estimate` is NaN where no row was scored. `n` counts the rows used, `n_clusters` the
+    independent units among them (`n` itself where no clusters were given, which `method` says),
+    `n_dropped` the rows that were left out because they were not scored or not comparable.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    method: str
+    n: int
+    n_clusters: int
+    n_dropped: int = 0
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson's score interval of a share, the n rows taken as independent (Wilson 1927).
+
+    With n = 0 nothing is known: the estimate is NaN and the interval [0, 1].
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n, got {successes} of {n}")
+    p = successes / n if n else math.nan
+    return Interval(p, *_score_bounds(p, n, level), level, "Wilson, rows independent", n, n)
+
+
+def clustered_rate(
+    values: ArrayLike,
+    clusters: Clusters | None = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The share of successes among rows that come in clusters.
+
+    `values` [n] are 0 or 1 (bool or number; 0.5 for a tie), NaN = not scored. The interval is
+
+    - Wilson's where every row is a unit of its own (no clusters, or all different);
+    - otherwise a bootstrap of the mean that resamples whole clusters, widened to Wilson's where it
+      is the narrower of the two: with few clusters and a rate near 0 or 1 it has hardly any spread;
+    - Wilson's over the *clusters* where all rows agree and a bootstrap has no spread at all;
+    - [0, 1] where a single cluster holds all rows and they do not agree.
+    """
+    kept, units, dropped = _scored(values, clusters)
+    if kept.size and (kept.min() < 0 or kept.max() > 1):
+        raise ValueError(f"a rate needs values in [0, 1], got {kept.min()} to {kept.max()}")
+    n, n_units = kept.size, _count(units)
+    p = float(kept.mean()) if n else math.nan
+    low, high = _score_bounds(p, n, level)
+    method = "Wilson, rows independent" if clusters is None else "Wilson, one row per cluster"
+    if n_units < n:
+        if kept.min() == kept.max():
+            low, high = _score_bounds(p, n_units, level)
+            method = "Wilson over clusters, all rows agree"
+        elif n_units == 1:
+            low, high, method = 0.0, 1.0, "none, a single cluster"
+        else:
+            spread = bootstrap(kept, "mean", units, level, n_resamples, seed)
+            low, high = min(low, spread.low), max(high, spread.high)
+            method = f"{spread.method}, at least Wilson's"
+    return Interval(p, low, high, level, method, n, n_units, dropped)
+
+
+def bootstrap(
+    values: ArrayLike,
+    statistic: Statistic = "mean",
+    clusters: Clusters | None = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of the mean or median of `values` [n].
+
+    With `clusters` [n] whole clusters are drawn with replacement, as many as there are. The median
+    takes infinite values by rank (see `_midpoint`); the mean refuses them. With no row the
+    estimate is NaN, with fewer than two independent units the bounds are NaN.
+    """
+    _check_level(level)
+    kept, units, dropped = _scored(values, clusters)
+    if statistic == "mean" and np.isinf(kept).any():
+        raise ValueError("the mean of infinite values says nothing: ask for the median")
+    n, n_units = kept.size, _count(units)
+    method = _method(statistic, clusters is not None)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, level, method, 0, 0, dropped)
+    of_weights = (_mean_of if statistic == "mean" else _median_of)(kept, units)
+    estimate = float(of_weights(np.ones((1, n_units), dtype=np.int64))[0])
+    if n_units < 2:
+        return Interval(estimate, math.nan, math.nan, level, method, n, n_units, dropped)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _MAX_ENTRIES // n)
+    draws = np.concatenate(
+        [
+            of_weights(_resample(rng, min(chunk, n_resamples - start), n_units))
+            for start in range(0, n_resamples, chunk)
+        ]
+    )
+    draws.sort()
+    # The two ends are the same number of draws away from their side, so swapping the sign of the
+    # values swaps the interval.
+    outside = int((1 - level) / 2 * n_resamples)
+    low, high = float(draws[outside]), float(draws[n_resamples - 1 - outside])
+    return Interval(estimate, low, high, level, method, n, n_units, dropped)
+
+
+def paired_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    statistic: Statistic = "mean",
+    clusters: Clusters | None = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap of `a - b` over pairs, `a` and `b` [n] in the same order of examples.
+
+    A pair with a NaN on either side, or infinite with the same sign on both, has no difference:
+    it is dropped and counted.
+    """
+    a, b = _pairs(a, b)
+    with np.errstate(invalid="ignore"):
+        return bootstrap(a - b, statistic, clusters, level, n_resamples, seed)
+
+
+def paired_ratio(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Clusters | None = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The median of `a / b` over pairs of costs, `a` and `b` [n], each at least 0.
+
+    The median of log(a / b) is bootstrapped and exponentiated, so that exchanging `a` and `b`
+    inverts the interval. +inf means "never reached" and counts by rank: a never reached is a ratio
+    of +inf, b never reached a ratio of 0. Where neither was reached (or both cost 0) there is no
+    ratio: the pair is dropped and counted, like one with a NaN.
+    """
+    a, b = _pairs(a, b)
+    if (a < 0).any() or (b < 0).any():
+        raise ValueError("a ratio of costs needs values of at least 0")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(a) - np.log(b)
+    log = bootstrap(logs, "median", clusters, level, n_resamples, seed)
+    estimate, low, high = (float(np.exp(x)) for x in (log.estimate, log.low, log.high))
+    method = log.method.replace("median", "median ratio")
+    return replace(log, estimate=estimate, low=low, high=high, method=method)
+
+
+def share_greater(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Clusters | None = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The share of pairs with `a > b`, a tie counting one half; `a` and `b` [n].
+
+    Compared by rank, so +inf on both sides is a tie. A pair with a NaN is dropped and counted. The
+    interval is that of `clustered_rate`.
+    """
+    a, b = _pairs(a, b)
+    wins = np.where(a > b, 1.0, np.where(a == b, 0.5, 0.0))
+    wins[np.isnan(a) | np.isnan(b)] = np.nan
+    return clustered_rate(wins, clusters, level, n_resamples, seed)
+
+
+def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
+    """Exact two-sided p-value that paired yes/no outcomes `a` and `b` [n] have the same rate.
+
+    The binomial test of the discordant pairs (McNemar 1947); 1.0 where there is none. Pairs with a
+    NaN are left out. Pairs are taken as independent.
+    """
+    a, b = _pairs(a, b)
+    scored = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[scored], b[scored]
+    if not np.isin(np.concatenate([a, b]), (0.0, 1.0)).all():
+        raise ValueError("expected outcomes of 0 or 1, or NaN where not scored")
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
+    discordant = only_a + only_b
+    tail = sum(math.comb(discordant, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**discordant)
+
+
+def holm(pvalues: ArrayLike) -> Floats:
+    """Holm's step-down adjusted p-values, in the order given [m] (Holm 1979).
+
+    NaN stays NaN and does not count as a test.
+    """
+    p = np.asarray(pvalues, dtype=np.float64)
+    if ((p < 0) | (p > 1)).any():
+        raise ValueError("expected p-values in [0, 1]")
+    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN sorts last
+    factors = np.arange(order.size, 0, -1)
+    adjusted = np.full(p.shape, np.nan)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * factors))
+    return adjusted
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level between 0 and 1, as 0.95, got {level}")
+
+
+def _score_bounds(p: float, n: int, level: float) -> tuple[float, float]:
+    """Ends of Wilson's interval of a share p of n rows (formula of METHODS G.5)."""
+    _check_level(level)
+    if n == 0:
+        return 0.0, 1.0
+    z2 = NormalDist().inv_cdf(0.5 + level / 2) ** 2
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    # At 0 and 1 the exact ends are 0 and 1; rounding would leave the estimate outside.
+    return (0.0 if p == 0 else center - half), (1.0 if p == 1 else center + half)
+
+
+def _method(statistic: Statistic, clustered: bool) -> str:
+    how = "clusters resampled" if clustered else "rows independent"
+    return f"bootstrap of the {statistic}, {how}"
+
+
+def _count(units: NDArray[np.int64]) -> int:
+    return int(units.max()) + 1 if units.size else 0
+
+
+def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"expected pairs of one length, got shapes {a.shape} and {b.shape}")
+    return a, b
+
+
+def _scored(values: ArrayLike, clusters: Clusters | None) -> tuple[Floats, NDArray[np.int64], int]:
+    """The values that are not NaN, their cluster's number in 0, 1, …, and how many were dropped."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1:
+        raise ValueError(f"expected one value per row, got shape {x.shape}")
+    if clusters is not None and len(clusters) != x.size:
+        raise ValueError(f"expected one cluster per value, got {len(clusters)} for {x.size}")
+    scored = ~np.isnan(x)
+    kept = x[scored]
+    if clusters is None:
+        units = np.arange(kept.size)
+    else:
+        # Numbered by first appearance: works for any hashable, and mixes of them.
+        numbers: dict[Hashable, int] = {}
+        names = [c for c, keep in zip(clusters, scored, strict=True) if keep]
+        units = np.array([numbers.setdefault(c, len(numbers)) for c in names], dtype=np.int64)
+    return kept, units, int(x.size - kept.size)
+
+
+def _resample(rng: np.random.Generator, n_draws: int, n_units: int) -> NDArray[np.int64]:
+    """How often each unit is drawn in each resample, [n_draws, n_units]."""
+    drawn = rng.integers(n_units, size=(n_draws, n_units))
+    drawn += np.arange(n_draws)[:, None] * n_units
+    counts = np.bincount(drawn.ravel(), minlength=n_draws * n_units)
+    return counts.reshape(n_draws, n_units)
+
+
+def _mean_of(values: Floats, units: NDArray[np.int64]) -> Callable[[NDArray[np.int64]], Floats]:
+    sums = np.bincount(units, weights=values)
+    sizes = np.bincount(units)
+    return lambda weights: (weights @ sums) / (weights @ sizes)
+
+
+def _median_of(values: Floats, units: NDArray[np.int64]) -> Callable[[NDArray[np.int64]], Floats]:
+    order = np.argsort(values)
+    ranked, owner = values[order], units[order]
+
+    def median(weights: NDArray[np.int64]) -> Floats:
+        seen = np.cumsum(weights[:, owner], axis=1)
+        total = seen[:, -1:]
+        below = ranked[np.argmax(seen > (total - 1) // 2, axis=1)]
+        above = ranked[np.argmax(seen > total // 2, axis=1)]
+        return _midpoint(below, above)
+
+    return median
+
+
+def _midpoint(below: Floats, above: Floats) -> Floats:
+    """The mean of the two middle values; 0 where they are −inf and +inf.
+
+    There exactly half of the values are −inf and half +inf (each side fails where the other gets
+    there), and 0 is the only answer that changes sign with the values.
+    """
+    opposed = np.isneginf(below) & np.isposinf(above)
+    with np.errstate(invalid="ignore"):
+        return np.where(opposed, 0.0, below / 2 + above / 2)

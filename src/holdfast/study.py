@@ -1,0 +1,281 @@
+"""A study: a TOML file that says what to audit, and the trials it stands for."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from holdfast.behaviors import Behavior
+from holdfast.canonical import digest
+from holdfast.config import Config, nearest
+from holdfast.controls import Control
+from holdfast.discovery import Discovery
+from holdfast.errors import HoldfastError, StudyError
+from holdfast.interventions import Intervention
+from holdfast.recovery import RecoverySpec
+from holdfast.setting import Data
+from holdfast.subject import SubjectSpec
+from holdfast.trial import SAEIdentity, SubjectIdentity, Trial
+from holdfast.verdict import VerdictRule
+
+
+class Audit(Config):
+    """One behavior under one intervention. What it leaves out it takes from the study."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    behavior: Behavior
+    discovery: Discovery
+    intervention: Intervention
+    subject: SubjectSpec | None = None
+    ignorant: SubjectSpec | None = None
+    data: Data | None = None
+    controls: tuple[Control, ...] | None = None
+    known_answer: Literal["holds", "does_not_hold"] | None = None
+    """For a subject built so that the answer is known: the report checks the verdict against it."""
+
+
+class Study(Config):
+    """A study file. `grid` maps a dotted path to values: one trial per audit, point and control."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    seed: int = 0
+    subject: SubjectSpec
+    ignorant: SubjectSpec | None = None
+    data: Data = Data()
+    recovery: RecoverySpec
+    verdict: VerdictRule = VerdictRule()
+    controls: tuple[Control, ...] = ()
+    audits: tuple[Audit, ...] = Field(min_length=1)
+    grid: dict[str, tuple[Any, ...]] = {}
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Study:
+        names = [audit.name for audit in self.audits]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two audits have the name {twice[0]!r}")
+        return self
+
+    def canonical(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trials of a study in the order they run, and where each subject is loaded from."""
+
+    study: Study
+    trials: tuple[Trial, ...]
+    specs: dict[str, SubjectSpec]
+
+    @property
+    def hash(self) -> str:
+        return digest(self.study.canonical())
+
+
+def bundled(name: str) -> str:
+    """The text of a study that is shipped with the package."""
+    return (files("holdfast") / "studies" / f"{name}.toml").read_text()
+
+
+def read_text(path: Path | str) -> str:
+    """A study file's text. Raises StudyError if there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise StudyError(f"no study file at {path}; `holdfast demo` shows one that works")
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path} is not a text file: {error}") from None
+
+
+def parse(text: str, sets: Sequence[str] = (), limit: int | None = None) -> Study:
+    """Parse TOML, apply `path=value` overrides and a limit on audited prompts, and check it.
+
+    Raises StudyError naming every wrong entry, with the nearest known names.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"the study is no valid TOML: {error}") from None
+    for assignment in sets:
+        path, equals, value = assignment.partition("=")
+        if not equals:
+            raise StudyError(f"--set takes path=value, got {assignment!r}")
+        _put(data, path.strip(), _toml_value(value.strip()))
+    if limit is not None:
+        if limit < 1:
+            raise StudyError(f"--limit takes 1 or more, got {limit}")
+        for table in (data.setdefault("data", {}), *_audit_data(data)):
+            table["test"] = min(limit, table.get("test", limit))
+    return _checked(data)
+
+
+def _audit_data(data: dict[str, Any]) -> list[dict[str, Any]]:
+    audits = data.get("audits", [])
+    return [a["data"] for a in audits if isinstance(a, dict) and isinstance(a.get("data"), dict)]
+
+
+def _checked(data: dict[str, Any]) -> Study:
+    try:
+        study = Study.model_validate(data)
+        for audit in study.audits:
+            for point in _points(study.grid):
+                _at_point(study, audit, point)
+        return study
+    except ValidationError as error:
+        raise StudyError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Pydantic's findings as one line each: where, what."""
+    lines = []
+    for finding in error.errors(include_url=False):
+        where = ".".join(str(part) for part in finding["loc"]) or "study"
+        message = finding["msg"].removeprefix("Value error, ")
+        given = finding["input"]
+        shown = "" if isinstance(given, dict | list) else f" (got {given!r})"
+        lines.append(f"  {where}: {message}{shown}")
+    return "the study cannot be used:\n" + "\n".join(lines)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        # A bare word is what people type on a shell for a string.
+        return text
+
+
+def _put(data: Any, path: str, value: Any) -> None:
+    """Set a dotted path; a number is an index into a list. Raises StudyError on a dead end."""
+    parts = path.split(".")
+    here = data
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(here, list):
+            if not part.isdigit() or int(part) >= len(here):
+                raise StudyError(
+                    f"{path}: {part!r} is no index into the {len(here)} entries of "
+                    f"{'.'.join(parts[:i])}"
+                )
+            key: Any = int(part)
+        elif isinstance(here, dict):
+            key = part
+        else:
+            raise StudyError(f"{path}: {'.'.join(parts[:i])} holds a value, not a table")
+        if last:
+            here[key] = value
+        else:
+            if isinstance(here, dict) and key not in here:
+                here[key] = {}
+            here = here[key]
+
+
+def _points(grid: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+_GRID_ROOTS = ("recovery", "data", "behavior", "discovery", "intervention", "seed")
+
+
+def _at_point(study: Study, audit: Audit, point: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a trial that a grid point may change, as the trial's constructor takes them."""
+    fields: dict[str, Any] = {
+        "seed": study.seed,
+        "data": (audit.data or study.data).model_dump(mode="json"),
+        "recovery": study.recovery.model_dump(mode="json"),
+        "behavior": audit.behavior.model_dump(mode="json"),
+        "discovery": audit.discovery.model_dump(mode="json"),
+        "intervention": audit.intervention.model_dump(mode="json"),
+    }
+    for path, value in point.items():
+        root = path.split(".")[0]
+        if root not in _GRID_ROOTS:
+            raise StudyError(
+                f"grid: {path!r} cannot vary; a path begins with one of them: "
+                f"{nearest(root, _GRID_ROOTS)}"
+            )
+        if path.endswith(".kind"):
+            # Another kind has other fields: those of the kind it replaces would be unknown to it.
+            _put(fields, path.removesuffix(".kind"), {"kind": value})
+        else:
+            _put(fields, path, deepcopy(value))
+    return {
+        "seed": fields["seed"],
+        "data": Data.model_validate(fields["data"]),
+        "recovery": RecoverySpec.model_validate(fields["recovery"]),
+        "behavior": fields["behavior"],
+        "discovery": fields["discovery"],
+        "intervention": fields["intervention"],
+    }
+
+
+def identify(spec: SubjectSpec) -> SubjectIdentity:
+    """A subject's name and hashes. Reads the files, loads no model."""
+    return SubjectIdentity(
+        name=Path(spec.model).name,
+        weights_sha256=spec.weights_sha256(),
+        dtype=spec.dtype,
+        attention=spec.attention,
+        saes=tuple(SAEIdentity(site=sae.site, sha256=sae.source.sha256()) for sae in spec.saes),
+    )
+
+
+def plan(study: Study) -> Plan:
+    """Every trial of the study: audits × grid points × (the audit itself and its controls).
+
+    Raises StudyError or SubjectError if a subject cannot be found.
+    """
+    specs: dict[str, SubjectSpec] = {}
+
+    def known(spec: SubjectSpec | None) -> SubjectIdentity | None:
+        if spec is None:
+            return None
+        identity = identify(spec)
+        specs[digest(identity.model_dump(mode="json"))] = spec
+        return identity
+
+    trials = []
+    for audit in study.audits:
+        own = audit.subject is not None
+        subject = known(audit.subject or study.subject)
+        twin = known(audit.ignorant if own else audit.ignorant or study.ignorant)
+        controls = study.controls if audit.controls is None else audit.controls
+        for point in _points(study.grid):
+            shared = _at_point(study, audit, point)
+            for control in ("none", *controls):
+                kind = control if isinstance(control, str) else control.kind
+                trials.append(
+                    Trial(
+                        audit=audit.name,
+                        subject=subject,
+                        twin=twin if kind == "ignorant" else None,
+                        control=control,
+                        **shared,
+                    )
+                )
+    ids = [trial.id for trial in trials]
+    if len(set(ids)) != len(ids):
+        raise StudyError("two points of the grid are the same trial; remove the repeated values")
+    return Plan(study, tuple(trials), specs)
+
+
+def load(path: Path | str, sets: Sequence[str] = (), limit: int | None = None) -> Study:
+    """Read and check a study file. Raises StudyError naming the file."""
+    try:
+        return parse(read_text(path), sets, limit)
+    except StudyError as error:
+        raise StudyError(f"{path}: {error}") from None
+    except HoldfastError as error:
+        raise type(error)(f"{path}: {error}") from None

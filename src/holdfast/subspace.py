@@ -1,0 +1,106 @@
+"""The set a perturbation may move in: everything, or the null space of some encoder columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class FeasibleSet(Protocol):
+    """Where the search may go, for n rows; closed under scaling, so that a norm ball cuts it.
+
+    dimension [n]: free dimensions a position has. 0 means that nothing can be searched.
+    """
+
+    @property
+    def dimension(self) -> Tensor: ...
+
+    def rows(self, rows: Tensor) -> FeasibleSet:
+        """The sets of some rows, in order; repeats are allowed."""
+        ...
+
+    def tangent(self, gradient: Tensor) -> Tensor:
+        """What of an objective gradient [n p d_model] the method steps along."""
+        ...
+
+    def retract(self, delta: Tensor) -> Tensor:
+        """An iterate [n p d_model] put back into the set after a step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Everything:
+    """No constraint but the ball."""
+
+    dimension: Tensor
+
+    def rows(self, rows: Tensor) -> Everything:
+        return Everything(self.dimension[rows])
+
+    def tangent(self, gradient: Tensor) -> Tensor:
+        return gradient
+
+    def retract(self, delta: Tensor) -> Tensor:
+        return delta
+
+
+@dataclass(frozen=True)
+class NullSpace:
+    """The orthogonal complement of an orthonormal basis, exact at every iterate.
+
+    basis [g d r] float32, zero columns where a group has a lower rank; slice_of [n]: the basis
+    each row uses; rank [g].
+    """
+
+    basis: Tensor
+    rank: Tensor
+    slice_of: Tensor
+
+    @classmethod
+    def of(cls, columns: Tensor, valid: Tensor, slice_of: Tensor) -> NullSpace:
+        """The null space of `columns` [g d k] (those that are `valid` [g k]), group by group."""
+        bases = [orthonormal_basis(columns[g][:, valid[g]]) for g in range(columns.shape[0])]
+        rank = torch.as_tensor([basis.shape[1] for basis in bases], device=columns.device)
+        padded = torch.zeros(len(bases), columns.shape[1], max(int(rank.max()), 1))
+        for g, basis in enumerate(bases):
+            padded[g, :, : basis.shape[1]] = basis
+        return cls(padded.to(columns.device), rank, slice_of)
+
+    @property
+    def dimension(self) -> Tensor:
+        return (self.basis.shape[1] - self.rank)[self.slice_of]
+
+    def rows(self, rows: Tensor) -> NullSpace:
+        return replace(self, slice_of=self.slice_of[rows])
+
+    def tangent(self, gradient: Tensor) -> Tensor:
+        return self.retract(gradient)
+
+    def retract(self, delta: Tensor) -> Tensor:
+        # Twice: the second pass removes what the first one's rounding left ("twice is enough").
+        basis = self.basis[0] if len(self.basis) == 1 else self.basis[self.slice_of]
+        for _ in range(2):
+            delta = delta - (delta @ basis) @ basis.mT
+        return delta
+
+
+def orthonormal_basis(columns: Tensor) -> Tensor:
+    """An orthonormal basis [d r] of the span of columns [d k], float32, by rank-revealing QR.
+
+    Column-pivoted Householder QR in float64; r counts the diagonal entries of R above
+    max(d, k)·eps·|R₀₀|, so repeated and dependent encoder columns are counted once.
+    """
+    from scipy.linalg import qr
+
+    d, k = columns.shape
+    if k == 0:
+        return torch.zeros(d, 0)
+    q, r, _ = qr(columns.double().cpu().numpy(), mode="economic", pivoting=True)
+    diagonal = np.abs(np.diag(r))
+    tolerance = max(d, k) * np.finfo(np.float64).eps * diagonal[0]
+    rank = int((diagonal > tolerance).sum())
+    return torch.from_numpy(np.ascontiguousarray(q[:, :rank])).float()

@@ -1,0 +1,315 @@
+"""The search: never beats the oracle, comes close to it, and says no more than it knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from holdfast.batch import Batch, Frame
+from holdfast.constraints.encoder_null import EncoderNull
+from holdfast.constraints.gradient_projection import GradientProjection
+from holdfast.constraints.unconstrained import Unconstrained
+from holdfast.edits import FeatureEdit
+from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.problem import Problem, relative_violation
+from holdfast.recovery import RecoverySpec, ascend, recover
+from holdfast.saes.bank import FeatureBank
+from holdfast.sites import Site
+from holdfast.steppers import Adam
+from holdfast.subject import Subject
+from holdfast.subspace import NullSpace
+from holdfast.testing import check_constraint, random_sae, tiny_problem
+
+SITE = Site(2)
+D = 32
+
+
+@dataclass(frozen=True)
+class LinearReplay:
+    """A "model" whose logits are linear in the perturbation: every optimum is known in closed form.
+
+    slopes [n d]: gradient of the margin; start [n]: margin without perturbation.
+    """
+
+    slopes: Tensor
+    start: Tensor
+    frame: Frame
+    batch_size: int = 128
+
+    @property
+    def subject(self) -> object:
+        return SimpleNamespace(batch_size=self.batch_size)
+
+    @property
+    def site(self) -> Site:
+        return SITE
+
+    @property
+    def base(self) -> Tensor:
+        return torch.ones(len(self.start), 1, D)
+
+    @property
+    def columns(self) -> Tensor:
+        return torch.zeros(len(self.start), 1, dtype=torch.long)
+
+    def residual(self) -> Tensor:
+        return self.base
+
+    def rows(self, rows: Tensor) -> LinearReplay:
+        return replace(
+            self, slopes=self.slopes[rows], start=self.start[rows], frame=self.frame.rows(rows)
+        )
+
+    def logits(self, delta: Tensor) -> Tensor:
+        margin = self.start + (delta[:, 0] * self.slopes).sum(-1)
+        return torch.stack([margin, torch.zeros_like(margin)], -1)
+
+
+def linear_problem(
+    slopes: Tensor, start: Tensor, goal: Tensor, radius: float, batch_size: int = 128,
+    held: int = 6,
+) -> Problem:  # fmt: skip
+    n = len(start)
+    batch = Batch(
+        ids=tuple(f"row{i}" for i in range(n)),
+        clusters=tuple(f"row{i}" for i in range(n)),
+        groups=("",) * n,
+        texts=("",) * n,
+        tokens=torch.ones(n, 1, dtype=torch.long),
+        positions=torch.zeros(n, 1, dtype=torch.long),
+        bos=torch.zeros(n, dtype=torch.bool),
+        targets=torch.zeros(n, dtype=torch.long),
+        rivals=torch.ones(n, 1, dtype=torch.long),
+        alternatives=torch.ones(n, 1, dtype=torch.long),
+    )
+    features = FeatureSet(
+        entries=(SiteFeatures(site=str(SITE), ids=tuple(range(held))),), source="test"
+    )
+    return Problem(
+        replay=LinearReplay(slopes, start, batch.frame(), batch_size),  # type: ignore[arg-type]
+        batch=batch,
+        goal=goal,
+        held=FeatureBank.of(random_sae(SITE), features),
+        reference_norm=torch.full((n,), D**0.5),
+        radius=torch.full((n,), radius),
+    )
+
+
+def null_projector(problem: Problem) -> Tensor:
+    """I − A A⁺ from a pseudo-inverse, independent of the QR under test."""
+    A = problem.held.W_enc[0].double()
+    return (torch.eye(D, dtype=torch.float64) - A @ torch.linalg.pinv(A)).float()
+
+
+@pytest.mark.parametrize("held", [1, 6, 20])
+def test_smallest_norm_meets_the_closed_form_and_never_beats_it(held: int) -> None:
+    slopes, start, goal = torch.randn(12, D), -torch.rand(12) - 0.5, torch.rand(12) + 0.5
+    problem = linear_problem(slopes, start, goal, radius=8.0, held=held)
+    for constraint, effective in (
+        (Unconstrained(), slopes),
+        (EncoderNull(), slopes @ null_projector(problem)),
+    ):
+        oracle = (goal - start) / effective.norm(dim=1)
+        found = recover(problem, RecoverySpec(constraint=constraint), seed=0)
+        assert set(found.outcomes) == {"recovered"}
+        assert (found.smallest_norm >= oracle * (1 - 1e-5)).all(), "beats the oracle"
+        assert (found.smallest_norm <= oracle * 1.01).all(), (found.smallest_norm / oracle).max()
+
+
+def test_the_budget_is_never_exceeded_and_decides_success() -> None:
+    slopes, start = torch.randn(12, D), torch.full((12,), -1.0)
+    goal = torch.ones(12)
+    oracle = (goal - start) / slopes.norm(dim=1)
+    radius = float(oracle.median())
+    problem = linear_problem(slopes, start, goal, radius)
+    found = recover(problem, RecoverySpec(constraint=Unconstrained()), seed=0)
+    assert (found.norm <= radius * (1 + 1e-5)).all()
+    clear = (oracle - radius).abs() > 0.02 * radius
+    reached = ~found.smallest_norm.isnan()
+    assert torch.equal(reached[clear], (oracle < radius)[clear])
+
+
+@pytest.mark.parametrize("constraint", [Unconstrained(), GradientProjection(), EncoderNull()])
+def test_constraints_keep_their_contract(
+    subject: Subject, batch: Batch, bank: FeatureBank, constraint: object
+) -> None:
+    check_constraint(constraint, tiny_problem(subject, batch, bank))  # type: ignore[arg-type]
+
+
+def test_exact_constraint_holds_at_every_step_and_the_published_one_does_not(
+    subject: Subject, batch: Batch, bank: FeatureBank
+) -> None:
+    """METHODS Q 4: the same test fails for project-gradient-then-Adam."""
+    problem = tiny_problem(subject, batch, bank, goal=50.0, budget=1.0)  # never stops early
+    traces = {}
+    for constraint in (EncoderNull(), GradientProjection()):
+        spec = RecoverySpec(constraint=constraint, steps=60, doublings=1)
+        traces[constraint.kind] = recover(problem, spec, seed=0)
+    exact = [step["violation_max"] for step in traces["encoder_null"].trace]
+    leaky = [step["violation_max"] for step in traces["gradient_projection"].trace]
+    assert len(exact) > 50 and max(exact) < 1e-6
+    assert leaky[-1] > 1000 * max(exact) and leaky[-1] > 1e-3
+    final = relative_violation(
+        problem, traces["encoder_null"].delta, torch.arange(len(problem))
+    )
+    assert final.max() < 1e-6, "after the full optimizer, with random restarts"
+
+
+def test_projection_of_the_gradient_is_exact_under_plain_gradient_descent(
+    subject: Subject, batch: Batch, bank: FeatureBank
+) -> None:
+    """The published projection itself is nearly right (its ridge apart): Adam is what leaks."""
+    problem = tiny_problem(subject, batch, bank)
+    rows = torch.arange(len(problem))
+    feasible = GradientProjection(ridge=1e-12).feasible(problem)
+    delta = torch.zeros(problem.shape)
+    for _ in range(30):
+        delta = delta + 0.05 * feasible.tangent(torch.randn(problem.shape))
+    assert relative_violation(problem, delta, rows).max() < 1e-6
+
+
+def test_another_batch_size_gives_the_same_answers(
+    subject: Subject, batch: Batch, bank: FeatureBank, clamp: FeatureEdit
+) -> None:
+    spec = RecoverySpec(constraint=EncoderNull())
+    found = [
+        recover(
+            tiny_problem(replace(subject, batch_size=size), batch, bank, goal=3.0, budget=1.0),
+            spec,
+            seed=0,
+        )
+        for size in (128, 3, 1)
+    ]
+    for other in found[1:]:
+        assert other.outcomes == found[0].outcomes
+        both = ~found[0].smallest_norm.isnan()
+        ratio = other.smallest_norm[both] / found[0].smallest_norm[both].clamp_min(1e-12)
+        positive = found[0].smallest_norm[both] > 0
+        assert both.any() and (ratio[positive] - 1).abs().max() < 0.01
+
+
+def test_one_seed_gives_identical_results(
+    subject: Subject, batch: Batch, bank: FeatureBank
+) -> None:
+    problem = tiny_problem(subject, batch, bank, goal=3.0, budget=0.2)
+    spec = RecoverySpec(constraint=EncoderNull(), steps=20)
+    first, second = recover(problem, spec, seed=0), recover(problem, spec, seed=0)
+    assert torch.equal(first.delta, second.delta) and first.outcomes == second.outcomes
+    assert first.trace == second.trace
+
+
+def test_a_null_space_of_dimension_zero_is_infeasible() -> None:
+    problem = linear_problem(
+        torch.randn(4, D), -torch.ones(4), torch.ones(4), 8.0, held=D + 3
+    )
+    found = recover(problem, RecoverySpec(constraint=EncoderNull()), seed=0)
+    assert found.outcomes == ("infeasible",) * 4
+    assert (found.null_dimension == 0).all() and (found.delta == 0).all()
+
+
+def test_dependent_columns_are_counted_once() -> None:
+    columns = torch.randn(1, D, 5)
+    columns[..., 3] = 2 * columns[..., 0]
+    columns[..., 4] = columns[..., 1]
+    null = NullSpace.of(columns, torch.ones(1, 5, dtype=torch.bool), torch.zeros(2).long())
+    assert null.dimension.tolist() == [D - 3, D - 3]
+    moved = null.retract(torch.randn(2, 1, D)) @ columns[0]
+    assert moved.abs().max() < 1e-5
+
+
+def test_a_bottleneck_is_not_recovered_and_the_published_way_reports_a_false_breach() -> None:
+    """METHODS Q 8 in closed form: the margin depends on held encoder directions alone."""
+    probe = linear_problem(torch.zeros(6, D), torch.zeros(6), torch.ones(6), 8.0)
+    slopes = torch.randn(6, 6) @ probe.held.W_enc[0].T  # in the span of the held columns
+    problem = linear_problem(slopes, -torch.ones(6), torch.ones(6), 8.0)
+    exact = recover(problem, RecoverySpec(constraint=EncoderNull(), steps=40), seed=0)
+    assert exact.outcomes == ("not_recovered",) * 6
+    leaky = recover(problem, RecoverySpec(constraint=GradientProjection(), steps=40), seed=0)
+    assert set(leaky.outcomes) == {"recovered"}
+
+
+def test_a_rate_that_still_grows_leaves_the_rest_undecided() -> None:
+    """One row comes into reach only in the second half, so the other may as well: undecided."""
+    slopes = torch.ones(2, D) / D**0.5
+    # A step has norm lr·radius·3 at most; 2·steps of them come this far, `steps` do not.
+    spec = RecoverySpec(constraint=Unconstrained(), steps=10, lr=0.004, doublings=1)
+    radius = 10.0
+    reach = 0.5 * radius + 20 * 3 * 0.004 * radius
+    problem = linear_problem(
+        slopes, torch.zeros(2) - 1.0, torch.tensor([0.55 * reach, 9.99]), radius
+    )
+    found = recover(problem, spec, seed=0)
+    assert found.outcomes[1] in ("undecided", "recovered")
+    problem = linear_problem(
+        slopes, torch.full((2,), -100.0), torch.tensor([-92.8, 0.0]), radius
+    )
+    found = recover(problem, spec, seed=1)
+    assert found.outcomes[1] in ("undecided", "not_recovered")
+
+
+def test_nan_is_divergence_of_that_row_alone() -> None:
+    slopes = torch.randn(3, D)
+    slopes[1] = torch.nan
+    problem = linear_problem(slopes, -torch.ones(3), torch.ones(3), 8.0)
+    found = recover(problem, RecoverySpec(constraint=Unconstrained()), seed=0)
+    assert found.outcomes == ("recovered", "diverged", "recovered")
+
+
+def test_adam_is_adam(subject: Subject, batch: Batch, bank: FeatureBank) -> None:
+    """Parity with torch.optim.Adam, row by row, with the rate scaled to the row's radius."""
+    problem = tiny_problem(subject, batch, bank, goal=1e9, budget=10.0)
+    rows, steps, lr = torch.arange(len(problem)), 7, 0.01
+    feasible = Unconstrained().feasible(problem)
+    margins = []
+    for row in rows.tolist():
+        delta = torch.zeros(1, 1, D, requires_grad=True)
+        rate = lr * float(problem.radius[row]) / D**0.5
+        adam = torch.optim.Adam([delta], lr=rate, betas=(0.9, 0.999), eps=1e-8)
+        replay, one = problem.replay.rows(torch.tensor([row])), batch.rows([row])
+        best = -1e9
+        for step in range(steps + 1):
+            margin = one.margin(replay.logits(delta)).sum()
+            best = max(best, float(margin.detach()))
+            if step < steps:
+                adam.zero_grad()
+                (-margin).backward()
+                adam.step()
+        margins.append(best)
+    found = ascend(
+        problem, feasible, rows, torch.zeros(problem.shape), problem.radius,
+        torch.full((len(rows),), lr), steps, Adam(),
+    )  # fmt: skip
+    torch.testing.assert_close(found.margin, torch.tensor(margins), atol=1e-3, rtol=1e-3)
+
+
+def test_margin_gradient_agrees_with_finite_differences(
+    subject: Subject, batch: Batch, bank: FeatureBank
+) -> None:
+    problem = tiny_problem(subject, batch, bank)
+    lanes_rows = torch.arange(len(problem))
+    from holdfast.problem import Lanes
+
+    lanes = Lanes.of(problem, lanes_rows)
+    delta = 0.1 * torch.randn(problem.shape)
+    direction = torch.randn(problem.shape)
+    leaf = delta.clone().requires_grad_(True)
+    gradient = torch.autograd.grad(lanes.margin(leaf).sum(), leaf)[0]
+    slope = (gradient * direction).sum((1, 2))
+    step = 1e-2
+    with torch.no_grad():
+        numeric = (
+            lanes.margin(delta + step * direction) - lanes.margin(delta - step * direction)
+        ) / (2 * step)
+    assert ((slope - numeric).abs() <= 0.02 * numeric.abs() + 0.02).all()
+
+
+def test_margin_uses_the_largest_rival_not_the_mean() -> None:
+    from holdfast.batch import margin_of
+
+    logits = torch.tensor([[1.0, 5.0, -9.0, 0.0]])
+    margin = margin_of(logits, torch.tensor([0]), torch.tensor([[1, 2]]))
+    assert margin.tolist() == [-4.0]

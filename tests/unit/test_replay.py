@@ -1,0 +1,128 @@
+"""Replay equals the full forward pass, in logits and in gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from holdfast.batch import Batch
+from holdfast.edits import Edit, FeatureEdit
+from holdfast.replay import Replay
+from holdfast.sites import Site
+from holdfast.subject import Subject
+from tests.unit.test_hooks import full_pass
+
+SITE = Site(2)
+
+
+class Added:
+    """A perturbation that gradients flow into; independent of `Perturbation`."""
+
+    def __init__(self, site: Site, positions: Tensor, delta: Tensor):
+        self.site, self.positions, self.delta = site, positions, delta
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.site,)
+
+    def selects(self, site: Site, frame: object) -> Tensor:
+        return frame.positions >= 0  # type: ignore[attr-defined]
+
+    def apply(self, site: Site, x: Tensor, frame: object) -> Tensor:
+        for p in range(self.positions.shape[1]):
+            here = frame.positions == self.positions[:, p, None]  # type: ignore[attr-defined]
+            here &= self.positions[:, p, None] >= 0
+            x = x + here[..., None] * self.delta[:, p, None]
+        return x
+
+
+def by_full_pass(
+    subject: Subject, batch: Batch, edits: tuple[Edit, ...], delta: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    logits = full_pass(subject, batch.tokens, batch.frame(), edits)
+    return logits, torch.autograd.grad((logits * weight).sum(), delta)[0]
+
+
+def positions_of(batch: Batch, name: str) -> Tensor:
+    length = batch.prompt_length[:, None]
+    if name == "last":
+        return length - 1
+    if name == "last three":
+        return torch.cat([length - 3, length - 2, length - 1], 1)
+    if name == "from the start":
+        return torch.cat([torch.zeros_like(length), length - 2], 1)
+    ragged = torch.cat([length - 2, length - 1], 1)
+    ragged[::2, 0] = -1  # some rows have one position fewer
+    return ragged
+
+
+@pytest.mark.parametrize("where", ["last", "last three", "from the start", "ragged"])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+@pytest.mark.parametrize("clamp_first", [True, False])
+def test_replay_equals_the_full_pass(
+    subject: Subject, batch: Batch, clamp: FeatureEdit, where: str, depth: int, clamp_first: bool
+) -> None:
+    site = Site(depth)
+    edit = replace(clamp, mode="set", value=4.0)
+    positions = positions_of(batch, where)
+    delta = torch.randn(len(batch), positions.shape[1], 32, requires_grad=True)
+    weight = torch.randn(len(batch), subject.model.config.vocab_size)
+    added = Added(site, positions, delta)
+    edits = (edit, added) if clamp_first else (added, edit)
+    logits, gradient = by_full_pass(subject, batch, edits, delta, weight)
+
+    replay = Replay.record(
+        subject, batch, site, positions,
+        before=(edit,) if clamp_first else (), after=() if clamp_first else (edit,),
+    )  # fmt: skip
+    again = replay.logits(delta)
+    gradient_again = torch.autograd.grad((again * weight).sum(), delta)[0]
+    torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+    used = (positions >= 0)[..., None].expand_as(gradient)
+    torch.testing.assert_close(gradient_again[used], gradient[used], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_can_be_picked_and_repeated(
+    subject: Subject, batch: Batch, clamp: FeatureEdit
+) -> None:
+    positions = batch.prompt_length[:, None] - 1
+    replay = Replay.record(subject, batch, SITE, positions, before=(clamp,))
+    delta = torch.randn(len(batch), 1, 32)
+    whole = replay.logits(delta)
+    rows = torch.tensor([5, 0, 0, 7])
+    picked = replay.rows(rows).logits(delta[rows])
+    torch.testing.assert_close(picked, whole[rows], atol=1e-5, rtol=1e-5)
+    one = Replay.record(subject, batch.rows([3]), SITE, positions[3:4], before=(clamp,))
+    lanes = one.rows(torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(
+        lanes.logits(delta[3:4].expand(4, -1, -1)), whole[3:4].expand(4, -1), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_prefix_is_never_changed(subject: Subject, batch: Batch, clamp: FeatureEdit) -> None:
+    positions = batch.prompt_length[:, None] - 1
+    replay = Replay.record(subject, batch, SITE, positions, before=(clamp,))
+    keys = [k.clone() for k, _ in replay.prefix]
+    first = replay.logits(torch.zeros(len(batch), 1, 32))
+    replay.logits(torch.randn(len(batch), 1, 32))
+    assert torch.equal(replay.logits(torch.zeros(len(batch), 1, 32)), first)
+    assert all(torch.equal(a, b) for a, (b, _) in zip(keys, replay.prefix, strict=True))
+
+
+def test_only_blocks_above_the_site_run_on_suffix_columns(
+    subject: Subject, batch: Batch, clamp: FeatureEdit
+) -> None:
+    positions = batch.prompt_length[:, None] - 1
+    replay = Replay.record(subject, batch, SITE, positions, before=(clamp,))
+    ran = []
+    handles = [
+        block.register_forward_hook(lambda m, a, out, i=i: ran.append((i, out.shape[1])))
+        for i, block in enumerate(subject.model.model.layers)
+    ]
+    replay.logits(torch.zeros(len(batch), 1, 32))
+    for handle in handles:
+        handle.remove()
+    assert ran == [(2, 1)]
