@@ -45,7 +45,7 @@ def run(
     set_: Sets = None,
     limit: Limit = None,
     device: Device = "cpu",
-    batch_size: BatchSize = 256,
+    batch_size: BatchSize = 512,
 ) -> None:
     """Run a study, or go on with one that was interrupted."""
     from holdfast.study import load, read_text
@@ -54,7 +54,7 @@ def run(
 
 
 @app.command()
-def demo(out: Out = None, device: Device = "cpu", batch_size: BatchSize = 256) -> None:
+def demo(out: Out = None, device: Device = "cpu", batch_size: BatchSize = 512) -> None:
     """Audit the shipped organism: the whole method in about a minute."""
     from holdfast.study import bundled, parse
 

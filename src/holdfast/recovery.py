@@ -25,8 +25,11 @@ from holdfast.subspace import FeasibleSet
 
 Outcome = Literal["recovered", "not_recovered", "undecided", "infeasible", "diverged"]
 
+BACK = 0.01
+"""Share of the goal from which a margin counts as positive beyond rounding."""
+
 SENTENCES: dict[Outcome, str] = {
-    "recovered": "the margin reached the goal inside the constraint and the budget",
+    "recovered": "the behavior came back inside the constraint and the budget",
     "not_recovered": (
         "nothing found over 3 learning rates x 3 seeds and a warm start from the looser "
         "constraint, and doubling the steps changed nothing"
@@ -146,6 +149,7 @@ def ascend(
     feasible: FeasibleSet,
     rows: Tensor,
     start: Tensor,
+    goal: Tensor,
     radius: Tensor,
     lr: Tensor,
     steps: int,
@@ -155,14 +159,17 @@ def ascend(
 ) -> Ascent:
     """Climb the margin of each lane, inside the set and the ball, until its goal is reached.
 
-    rows [n]: the problem's row of each lane; start [n p d], radius [n], lr [n] (norm of a step as a
-    share of the radius), which falls linearly to `decay` times itself. Lanes that reached their
-    goal leave the batch.
+    rows [n]: the problem's row of each lane; start [n p d], goal [n], radius [n], lr [n] (norm of a
+    step as a share of the radius), which falls linearly to `decay` times itself. Lanes that reached
+    their goal leave the batch.
     """
     size = problem.replay.subject.batch_size
     if len(rows) > size:
         parts = [
-            ascend(problem, feasible, rows[i], start[i], radius[i], lr[i], steps, stepper, decay, trace)
+            ascend(
+                problem, feasible, rows[i], start[i], goal[i], radius[i], lr[i], steps, stepper,
+                decay, trace,
+            )  # fmt: skip
             for i in torch.arange(len(rows), device=rows.device).split(size)
         ]
         names = ("delta", "margin", "reached_at", "diverged")
@@ -185,11 +192,10 @@ def ascend(
         gradient = torch.autograd.grad(margin.sum(), delta)[0] if step < steps else None
         delta, margin = delta.detach(), margin.detach()
 
-        goal = problem.goal[rows[live]]
         finite = torch.isfinite(margin)
         if gradient is not None:
             finite &= torch.isfinite(gradient).all(-1).all(-1)
-        reached = finite & (margin >= goal)
+        reached = finite & (margin >= goal[live])
         better = finite & (reached | (margin > best_margin[live]))
         best[live[better]] = delta[better]
         best_margin[live[better]] = margin[better]
@@ -199,6 +205,9 @@ def ascend(
             _note(trace, step, problem, delta, margin, rows[live], reached)
 
         keep = finite & ~reached
+        if reached.any():
+            # Other lanes of a row that reached its goal have nothing left to find.
+            keep &= ~torch.isin(rows[live], rows[live[reached]])
         if gradient is None or not keep.any():
             break
         if not keep.all():
@@ -256,16 +265,27 @@ def recover(problem: Problem, spec: RecoverySpec, seed: int) -> Recovery:
     lr = torch.full((n,), spec.lr, device=device)
     if len(todo):
         first = ascend(
-            problem, feasible, todo, delta[todo], problem.radius[todo], lr[todo], spec.steps,
-            spec.constraint.stepper, trace=raw_trace,
+            problem, feasible, todo, delta[todo], problem.goal[todo], problem.radius[todo], lr[todo],
+            spec.steps, spec.constraint.stepper, trace=raw_trace,
         )  # fmt: skip
         delta[todo], margin[todo], reached = first.delta, first.margin, first.reached
         steps[todo] = torch.where(reached, first.reached_at, spec.steps)
-        for row, ok, bad in zip(todo.tolist(), reached, first.diverged, strict=True):
-            outcomes[row] = "recovered" if ok else "diverged" if bad else "undecided"
-        open_rows = todo[~reached & ~first.diverged]
+        # The behavior is back where the margin is positive, even if the goal is out of reach.
+        back = first.margin > 0
+        for row, ok, bad in zip(todo.tolist(), reached | back, first.diverged, strict=True):
+            outcomes[row] = "diverged" if bad else "recovered" if ok else "undecided"
+        open_rows = todo[~reached & ~back & ~first.diverged]
         if len(open_rows):
-            _try_harder(problem, feasible, spec, seed, open_rows, delta, margin, steps, outcomes)
+            _try_harder(
+                problem, feasible, spec, seed, open_rows, delta, margin, steps, outcomes
+            )
+            back = open_rows[margin[open_rows] > 0]
+            if len(back):  # from the behavior to the goal
+                more = ascend(
+                    problem, feasible, back, delta[back], problem.goal[back], problem.radius[back],
+                    lr[back], spec.steps, spec.constraint.stepper,
+                )  # fmt: skip
+                delta[back], margin[back] = more.delta, more.margin
         done = torch.as_tensor(
             [o == "recovered" for o in outcomes], dtype=torch.bool, device=device
         )
@@ -306,40 +326,40 @@ def _try_harder(
 ) -> None:
     """Search the rows that failed from 3 learning rates × 3 random starts and a warm start.
 
-    All lanes run for twice the steps; if the second half found no row that the first had not, the
-    rest is `not_recovered`. Otherwise the steps double again, and after the last doubling the rest
-    is `undecided`. Updates delta, margin, steps and outcomes in place.
+    All lanes run for twice the steps; if the second half brought the behavior back on no row that
+    the first had not, the rest is `not_recovered`. Otherwise the steps double again, and after the
+    last doubling the rest is `undecided`. Updates delta, margin, steps and outcomes in place.
     """
     attempt = spec.steps
     for doubling in range(spec.doublings):
         lanes, start, lr = _starts(problem, feasible, spec, seed + doubling, rows)
-        radius = problem.radius[lanes]
+        # Here the question is whether the behavior comes back at all: a lane is done when the margin
+        # is positive by more than rounding.
+        goal = BACK * problem.goal[lanes]
         result = ascend(
-            problem, feasible, lanes, start, radius, lr, 2 * attempt, spec.constraint.stepper
-        )
+            problem, feasible, lanes, start, goal, problem.radius[lanes], lr, 2 * attempt,
+            spec.constraint.stepper,
+        )  # fmt: skip
         early = set(lanes[(result.reached_at >= 0) & (result.reached_at <= attempt)].tolist())
         late = set(lanes[result.reached].tolist())
         for row in rows.tolist():
             own = (lanes == row).nonzero().flatten()
-            # Best lane of the row: one that reached (the shortest), else the highest margin.
+            # The lane that got there first, else the one with the highest margin; first and not
+            # shortest, so that the choice does not depend on which lanes share a batch.
             hit = own[result.reached[own]]
             if len(hit):
-                pick = hit[norms(result.delta[hit]).flatten().argmin()]
+                pick = hit[result.reached_at[hit].argmin()]
+                outcomes[row] = "recovered"
             else:
                 pick = own[result.margin[own].argmax()]
+                outcomes[row] = "not_recovered" if late == early else "undecided"
+            steps[row] = int(result.reached_at[pick]) if len(hit) else 2 * attempt
             if len(hit) or result.margin[pick] > margin[row]:
                 delta[row], margin[row] = result.delta[pick], result.margin[pick]
-            steps[row] = int(result.reached_at[pick]) if len(hit) else 2 * attempt
-            if len(hit) or margin[row] > 0:
-                outcomes[row] = "recovered"
-            elif late == early:
-                outcomes[row] = "not_recovered"
-        if late == early:
-            return
         rows = torch.as_tensor(
             [row for row in rows.tolist() if row not in late], dtype=torch.long, device=rows.device
         )
-        if not len(rows):
+        if late == early or not len(rows):
             return
         attempt *= 2
 
@@ -358,6 +378,7 @@ def _starts(
     _, p, d = problem.shape
     device = rows.device
     lanes, starts, rates = [], [], []
+    goal = BACK * problem.goal[rows]
     for index in range(3):
         noise = torch.stack(
             [
@@ -378,7 +399,7 @@ def _starts(
         zero = torch.zeros(len(rows), p, d, device=device)
         lr = torch.full((len(rows),), spec.lr, device=device)
         loose = ascend(
-            problem, free, rows, zero, problem.radius[rows], lr, spec.steps, looser.stepper
+            problem, free, rows, zero, goal, problem.radius[rows], lr, spec.steps, looser.stepper
         )
         lanes.append(rows)
         starts.append(into_ball(feasible.rows(rows).retract(loose.delta), problem.radius[rows]))
@@ -418,8 +439,8 @@ def _shrink(
         radius = (high + low)[todo] / 2
         start = into_ball(delta[todo], radius)
         result = ascend(
-            problem, feasible, todo, start, radius, lr[todo], spec.refine_steps,
-            spec.constraint.stepper, decay=0.1,
+            problem, feasible, todo, start, problem.goal[todo], radius, lr[todo],
+            spec.refine_steps, spec.constraint.stepper, decay=0.1,
         )
         hit, miss = todo[result.reached], todo[~result.reached]
         delta[hit], margin[hit] = result.delta[result.reached], result.margin[result.reached]

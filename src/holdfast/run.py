@@ -34,7 +34,7 @@ class Runtime:
     """Where and how fast, never what. command: what repeats the run, for the record."""
 
     device: str = "cpu"
-    batch_size: int = 256
+    batch_size: int = 512
     command: str = ""
 
 

@@ -17,6 +17,7 @@ from holdfast.behaviors import Behavior
 from holdfast.canonical import digest
 from holdfast.config import Config, nearest
 from holdfast.controls import Control
+from holdfast.controls.none import NoControl
 from holdfast.discovery import Discovery
 from holdfast.errors import HoldfastError, StudyError
 from holdfast.interventions import Intervention
@@ -55,7 +56,7 @@ class Study(Config):
     verdict: VerdictRule = VerdictRule()
     controls: tuple[Control, ...] = ()
     audits: tuple[Audit, ...] = Field(min_length=1)
-    grid: dict[str, tuple[Any, ...]] = {}
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Study:
@@ -254,14 +255,17 @@ def plan(study: Study) -> Plan:
         controls = study.controls if audit.controls is None else audit.controls
         for point in _points(study.grid):
             shared = _at_point(study, audit, point)
-            for control in ("none", *controls):
-                kind = control if isinstance(control, str) else control.kind
+            constraint = shared["recovery"].constraint.kind
+            for control in (NoControl(), *controls):
+                if control.only_with and constraint not in control.only_with:
+                    continue
                 trials.append(
                     Trial(
                         audit=audit.name,
                         subject=subject,
-                        twin=twin if kind == "ignorant" else None,
-                        control=control,
+                        twin=twin if control.kind == "ignorant" else None,
+                        # Beside which constraints it runs says nothing about what it finds.
+                        control=control.model_copy(update={"only_with": ()}),
                         **shared,
                     )
                 )

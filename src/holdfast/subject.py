@@ -99,7 +99,9 @@ class Subject:
     def load(cls, spec: SubjectSpec, device: str = "cpu", batch_size: int = 128) -> Subject:
         """Load model, tokenizer and SAEs. Raises SubjectError, SAEError or DeviceError."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # ours says what is going on
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise DeviceError(
                 f"device {device!r} was asked for and this machine has no usable CUDA device; "

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BeforeValidator, SerializeAsAny, field_validator
 from torch import Tensor
 
 from holdfast.batch import Batch
 from holdfast.canonical import digest
 from holdfast.config import Kind
+from holdfast.constraints import CONSTRAINTS
 from holdfast.edits import Edit
 from holdfast.features import FeatureSet
 from holdfast.registry import Registry
@@ -51,7 +52,16 @@ class Case:
 
 
 class ControlKind(Kind):
-    """A control."""
+    """A control. only_with: constraints it is run beside; empty for every one."""
+
+    only_with: tuple[str, ...] = ()
+
+    @field_validator("only_with")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            CONSTRAINTS.get(name)
+        return names
 
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         """What to search, from the audit's setting and, if it is needed, its ignorant twin's."""
@@ -74,8 +84,8 @@ def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
             for token in dict.fromkeys(batch.alternatives[row].tolist())
             if token not in (right, int(predicted[row]))
         ]
-        # With a single alternative that is already predicted there is nothing else to aim at; the
-        # row is then dropped by the caller, because it shows the wrong target before any search.
+        # A single alternative that is given already leaves nothing else to aim at: callers drop
+        # such rows, which show the wrong target before any search.
         free = free or [int(batch.alternatives[row, 0])]
         target = free[int(digest(batch.ids[row])[:8], 16) % len(free)]
         others = [t for t in dict.fromkeys(answers[row].tolist()) if t != target]

@@ -20,13 +20,19 @@ class WrongTarget(ControlKind):
 
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         rows = setting.valid
-        batch = setting.test.rows(rows)
+        given = setting.suppressed_answer[rows]
+        batch = aim_elsewhere(setting.test.rows(rows), given)
+        shown = batch.targets == given
+        kept = (~shown).nonzero().flatten()
         return Case(
             subject=setting.subject,
             edits=setting.edits,
             features=setting.features,
-            rows=rows,
-            batch=aim_elsewhere(batch, setting.suppressed_answer[rows]),
-            clean_margin=setting.clean_margin[rows],
-            dropped={},
+            rows=rows[kept],
+            batch=batch.rows(kept),
+            clean_margin=setting.clean_margin[rows[kept]],
+            dropped={
+                batch.ids[row]: "the only wrong target is the answer given under the clamp"
+                for row in shown.nonzero().flatten().tolist()
+            },
         )

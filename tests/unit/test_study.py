@@ -1,0 +1,126 @@
+"""Studies: what a user writes is what runs, and what a user gets wrong is said."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from holdfast.canonical import trial_id
+from holdfast.errors import StudyError
+from holdfast.study import Study, bundled, load, parse, plan
+
+TEXT = bundled("demo")
+
+
+def test_the_bundled_study_round_trips() -> None:
+    study = parse(TEXT)
+    assert Study.model_validate(study.canonical()) == study
+    assert study.canonical()["schema"] == tomllib.loads(TEXT)["schema"]
+
+
+def test_trials_are_audits_times_points_times_controls() -> None:
+    planned = plan(parse(TEXT))
+    study = planned.study
+    points = study.grid["recovery.constraint.kind"]
+    expected = 0
+    for audit in study.audits:
+        controls = study.controls if audit.controls is None else audit.controls
+        for point in points:
+            expected += 1 + sum(not c.only_with or point in c.only_with for c in controls)
+    assert len(planned.trials) == expected
+    assert len({trial.id for trial in planned.trials}) == expected
+
+
+def test_a_trial_is_identified_by_hashes_and_never_by_a_path() -> None:
+    planned = plan(parse(TEXT))
+    trial = planned.trials[0]
+    assert trial.id == trial_id(trial.canonical())
+    dumped = trial.model_dump_json()
+    assert "assets" not in dumped and str(Path(__file__).anchor + "work") not in dumped
+    assert len(trial.subject.weights_sha256) == 64
+    assert type(trial).model_validate(trial.canonical()).id == trial.id
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("seed", "3"),
+        ("recovery.steps", "7"),
+        ("recovery.budget.relative", "0.3"),
+        ("recovery.stop.clean_margin", "0.5"),
+        ("audits.0.intervention.value", "-3.0"),
+        ("audits.0.discovery.n_features", "4"),
+        ("data.test", "50"),
+        ("recovery.order", "perturbation_then_clamp"),
+    ],
+)
+def test_everything_that_changes_numbers_changes_the_id(path: str, value: str) -> None:
+    before, after = plan(parse(TEXT)), plan(parse(TEXT, [f"{path}={value}"]))
+    assert before.trials[0].id != after.trials[0].id
+    assert before.hash != after.hash
+
+
+def test_two_constraints_do_not_share_an_id_through_their_base_class() -> None:
+    """A field typed as a base class would dump only the base's fields."""
+    ids = {
+        trial.recovery.constraint.kind: trial.id
+        for trial in plan(parse(TEXT)).trials
+        if trial.control.kind == "none" and trial.audit == "mcq"
+    }
+    assert len(set(ids.values())) == len(ids) == 3
+    one, two = (
+        plan(parse(TEXT, ["grid={}", f"recovery.constraint={{kind='gradient_projection', ridge={r}}}"]))
+        for r in (1e-4, 1e-3)
+    )
+    assert one.trials[0].id != two.trials[0].id
+
+
+def test_limit_shrinks_the_audited_split_alone() -> None:
+    study = parse(TEXT, limit=7)
+    assert study.data.test == 7 and study.data.fit == parse(TEXT).data.fit
+
+
+@pytest.mark.parametrize(
+    "sets, message",
+    [
+        (["recovery.constraint.kind=encoder_nul"], r"did you mean 'encoder_null'"),
+        (["recovry.steps=3"], r"unknown key 'recovry': did you mean 'recovery'"),
+        (["recovery.step=3"], r"unknown key 'step': did you mean 'steps'"),
+        (["audits.0.behavior.kind=io"], r"unknown kind 'io' in behaviors: did you mean 'ioi'"),
+        (["audits.9.name=x"], r"no index into the \d+ entries"),
+        (["recovery.steps"], r"--set takes path=value"),
+        (["recovery.steps=0"], r"recovery.steps"),
+        (["recovery.budget={relative=0.1, absolute=3.0}"], r"either `relative` or `absolute`"),
+        (["schema=2"], r"schema"),
+        (["audits.0.behavior.domain=hazard"], r"unknown key 'domain'"),
+        (["audits.1.behavior.domain=hazzard"], r"did you mean 'hazard'"),
+        (["controls=['wrong_targt']"], r"did you mean 'wrong_target'"),
+        (["audits.1.name=ioi"], r"two audits have the name 'ioi'"),
+        (["grid={'subject.dtype'=['float32']}"], r"'subject.dtype' cannot vary"),
+        (["subject.saes.0.site=blocks.1.mlp"], r"only the residual stream"),
+        (["seed=nan"], r"seed"),
+        (["name=a/b"], r"name"),
+    ],
+)
+def test_mistakes_are_named_with_the_nearest_known_names(sets: list[str], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        parse(TEXT, sets)
+
+
+def test_broken_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="no study file at"):
+        load(tmp_path / "nothing.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name = ")
+    with pytest.raises(StudyError, match="broken.toml: the study is no valid TOML"):
+        load(broken)
+    broken.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(StudyError, match="not a text file"):
+        load(broken)
+
+
+def test_repeated_grid_values_are_refused() -> None:
+    with pytest.raises(StudyError, match="the same trial"):
+        plan(parse(TEXT, ["grid={'recovery.steps'=[5, 5]}"]))
