@@ -86,10 +86,8 @@ def report(
     from holdfast.summary import summarize
     from holdfast.terminal import results_table, say_where
 
-    store, plan = open_run(folder)
-    done = [trial for trial in plan.trials if store.has(trial.id)]
-    summary = summarize(plan, store, done, complete=len(done) == len(plan.trials))
-    results_table(summary)
+    store, plan, complete = open_run(folder)
+    results_table(summarize(plan, store, plan.trials, complete))
     say_where(write_report(store, plan, out or folder / "report.html"))
 
 
@@ -148,8 +146,7 @@ def _run(study: Study, text: str, out: Path | None, device: str, batch_size: int
         )
     results_table(done.summary)
     if done.summary["trials"]:
-        store, planned = open_run(folder)
-        say_where(write_report(store, planned, folder / "report.html"))
+        say_where(write_report(*open_run(folder)[:2], folder / "report.html"))
     if done.failures:
         raise HoldfastError("\n".join(done.failures))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def selected(where: Where, include_bos: bool, frame: Frame) -> Tensor:
     elif where == "last_prompt":
         mask = positions == length - 1
     else:
-        mask = positions.new_zeros(positions.shape, dtype=bool)
+        mask = torch.zeros_like(positions, dtype=torch.bool)
         for position in where:
             mask |= positions == position
     if not include_bos:

@@ -1,7 +1,7 @@
 """Replay: the part of the forward pass that a perturbation can change, and nothing else.
 
-A perturbation at positions ≥ p₀ and sites ≥ ℓ leaves every earlier position and every lower layer as
-it was. So the prefix runs once, its keys and values are kept, the arguments of every block are
+A perturbation at positions ≥ p₀ and sites ≥ ℓ leaves every earlier position and every lower layer
+as it was. So the prefix runs once, its keys and values are kept, the arguments of every block are
 recorded for the suffix, and a step calls only the blocks above ℓ on the suffix columns. Equal to
 the full forward pass in logits and gradients; a test holds it to 1e-5.
 """

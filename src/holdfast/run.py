@@ -21,7 +21,7 @@ import torch
 from holdfast.canonical import SCHEMA, digest
 from holdfast.errors import DeviceError, EmptyValidSetError, StudyError
 from holdfast.store import RunFolder
-from holdfast.study import Plan
+from holdfast.study import Plan, Study
 from holdfast.subject import Subject
 from holdfast.summary import summarize
 from holdfast.trial import Lab, Trial, run_trial
@@ -159,15 +159,19 @@ def default_folder(plan: Plan, base: Path = Path("runs")) -> Path:
     return base / f"{plan.study.name}-{plan.hash[:8]}"
 
 
-def open_run(folder: Path) -> tuple[RunFolder, Plan]:
-    """A finished or unfinished run, for reading, with the plan of its study.
+def open_run(folder: Path) -> tuple[RunFolder, Plan, bool]:
+    """A run for reading: its folder, the trials it holds, and whether it is complete.
 
-    Raises StoreError where there is no run.
+    Trials come from their records, in the order of the summary, so that a run can be read after
+    the subjects it was made with have moved or changed. Raises StoreError where there is no run.
     """
-    from holdfast.study import Study, plan
-
     store = RunFolder.read(folder)
     try:
-        return store, plan(Study.model_validate(store.study))
+        study = Study.model_validate(store.study)
+        trials = [Trial.model_validate(record["trial"]) for record in store.records()]
     except ValueError as error:
-        raise StudyError(f"{folder}: its study cannot be read any more: {error}") from None
+        raise StudyError(f"{folder}: written by another version of holdfast: {error}") from None
+    summary = store.summary() or {"complete": False, "trials": []}
+    order = {row["id"]: index for index, row in enumerate(summary["trials"])}
+    trials.sort(key=lambda trial: (order.get(trial.id, len(order)), trial.id))
+    return store, Plan(study, tuple(trials), {}), bool(summary["complete"])

@@ -31,9 +31,9 @@ class Stepper(Protocol):
 class Steepest:
     """Normalized gradient ascent with momentum: steepest in the norm that the budget is stated in.
 
-    It commutes with rotations, so it never leaves a subspace its gradients lie in, and on a ball its
-    fixed point is where the iterate is parallel to the gradient: the optimality condition of the
-    largest margin at a given norm. Adam's fixed point is not: on a linear margin it ends along
+    It commutes with rotations, so it never leaves a subspace its gradients lie in, and on a ball
+    its fixed point is where the iterate is parallel to the gradient, the optimality condition of
+    the largest margin at a given norm. Adam's fixed point is not: on a linear margin it ends along
     sign(gradient), at √(π/2) = 1.25 times the smallest norm on average.
     """
 

@@ -228,6 +228,22 @@ class RunFolder:
         """The records of all finished trials, in the order of their ids, each verified."""
         return [self.load(file.parent.name) for file in sorted(self._trials.glob(f"*/{RECORD}"))]
 
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json as last written, None where no trial is finished.
+
+        Raises DamagedRecordError where it is unreadable; the run writes it anew.
+        """
+        file = self.path / SUMMARY
+        if not file.is_file():
+            return None
+        try:
+            found: dict[str, Any] = _parse(file.read_bytes())
+        except ValueError as error:
+            raise DamagedRecordError(
+                f"{file} is no JSON ({error}). Remove it; `holdfast run` makes it anew."
+            ) from error
+        return found
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace summary.json; NaN becomes null."""
         self._require_lock()

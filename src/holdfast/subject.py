@@ -1,4 +1,4 @@
-"""The subject: a model, its tokenizer and its SAEs. The one live object; everything else is data."""
+"""The subject: a model, its tokenizer and its SAEs. The one live object; all else is data."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def tiny_subject(
 ) -> Subject:
     """A random Llama with random SAEs at `sites`."""
     saes = {site: random_sae(site, seed=seed + site.depth) for site in sites}
-    return Subject.of("tiny", tiny_model(seed), tiny_tokenizer(), saes, batch_size)  # type: ignore[arg-type]
+    return Subject.of("tiny", tiny_model(seed), tiny_tokenizer(), saes, batch_size)
 
 
 def tiny_batch(subject: Subject, n: int = 6, ragged: bool = True, seed: int = 0) -> Batch:

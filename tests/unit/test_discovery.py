@@ -70,16 +70,14 @@ def test_groups_are_fitted_on_their_own_prompts(subject: Subject, batch: Batch) 
 
 def test_contrast_subtracts_what_the_neighbors_share(subject: Subject, batch: Batch) -> None:
     kind = Attribution(n_features=5, contrast=True)
-    with pytest.raises(FeatureError, match="no feature .* positive attribution"):
+    with pytest.raises(FeatureError, match=r"no feature .* positive attribution"):
         kind.find(subject, batch, {"same": batch})  # nothing is left
     with pytest.raises(FeatureError, match="neighbors"):
         kind.find(subject, batch, {})
 
 
 def test_scale_is_the_median_active_value_on_the_fit_split(subject: Subject, batch: Batch) -> None:
-    features = FeatureSet(
-        entries=(SiteFeatures(site=str(SITE), ids=(1, 5)),), source="test"
-    )
+    features = FeatureSet(entries=(SiteFeatures(site=str(SITE), ids=(1, 5)),), source="test")
     found = with_scale(subject, batch, features).at(SITE)[0].median_active
     from holdfast.edits import Capture
 

@@ -21,7 +21,9 @@ SITE = Site(2)
 MODES = ["set", "set_where_active", "multiply"]
 
 
-def long_form(sae: SAE, ids: list[int], mode: str, value: float, alpha: float, x: torch.Tensor) -> torch.Tensor:
+def long_form(
+    sae: SAE, ids: list[int], mode: str, value: float, alpha: float, x: torch.Tensor
+) -> torch.Tensor:
     """D(clamp(E(x))) + α·(x − D(E(x))): every feature encoded and decoded, in float64."""
     x = x.double()
     W_enc, W_dec = sae.W_enc.double(), sae.W_dec.double()
@@ -71,15 +73,11 @@ def test_groups_get_their_own_features(
         ids = list(grouped_features.at(SITE)[0 if group == "g0" else 1].ids)
         expected = long_form(sae, ids, "set", 2.0, 1.0, x[row])
         real = batch.positions[row] >= 0
-        torch.testing.assert_close(
-            got[row][real].double(), expected[real], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(got[row][real].double(), expected[real], atol=1e-5, rtol=1e-5)
 
 
 def test_a_group_without_features_is_an_error(batch: Batch, subject: Subject) -> None:
-    only = FeatureSet(
-        entries=(SiteFeatures(site=str(SITE), group="g0", ids=(1,)),), source="test"
-    )
+    only = FeatureSet(entries=(SiteFeatures(site=str(SITE), group="g0", ids=(1,)),), source="test")
     bank = FeatureBank.of(subject.sae(SITE), only)
     with pytest.raises(FeatureError, match=r"no features for the groups \['g1'\]"):
         bank.slices(batch.frame())
@@ -109,7 +107,9 @@ def test_bos_and_padding_are_left_alone(batch: Batch, clamp: FeatureEdit) -> Non
     assert (with_bos[bos] != x[bos]).any(-1).all()
 
 
-@pytest.mark.parametrize("ids, message", [((1, 1), "given twice"), ((64,), "out of range"), ((-1,), "out of range")])
+@pytest.mark.parametrize(
+    "ids, message", [((1, 1), "given twice"), ((64,), "out of range"), ((-1,), "out of range")]
+)
 def test_bad_feature_ids_are_refused(subject: Subject, ids: tuple[int, ...], message: str) -> None:
     features = FeatureSet(entries=(SiteFeatures(site=str(SITE), ids=ids),), source="test")
     with pytest.raises(FeatureError, match=message):

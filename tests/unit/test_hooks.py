@@ -31,9 +31,7 @@ def plain(subject: Subject, batch: Batch, keep: int) -> torch.Tensor:
 
 
 def n_hooks(subject: Subject) -> int:
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in subject.model.modules()
-    )
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in subject.model.modules())
 
 
 def test_no_edit_and_an_edit_of_nothing_are_bit_equal_to_transformers(
@@ -141,9 +139,7 @@ def test_cached_generation_equals_the_full_forward(
         with torch.no_grad(), AttachedEdits(subject.model.model.layers, ()) as attached:
             # a reference of its own: one full pass a step, edits applied by `apply_edits`
             attached.frame = None
-            frame = Frame(
-                batch.ids, batch.groups, frame_positions, batch.prompt_length, batch.bos
-            )
+            frame = Frame(batch.ids, batch.groups, frame_positions, batch.prompt_length, batch.bos)
             logits = full_pass(subject, tokens, frame, edits)
         chosen = torch.where(done, pad, logits.argmax(-1))
         assert torch.equal(chosen, cached[:, step]), f"step {step}"
@@ -190,17 +186,19 @@ def test_nan_logits_are_an_error_that_names_the_prompts(subject: Subject, batch:
         subject.outputs(batch, (Perturbation(batch.ids, positions, {SITE: delta}),))
 
 
-def test_edits_keep_their_contract(
-    subject: Subject, batch: Batch, clamp: FeatureEdit
-) -> None:
+def test_edits_keep_their_contract(subject: Subject, batch: Batch, clamp: FeatureEdit) -> None:
     positions = torch.cat([batch.prompt_length[:, None] - 1, torch.full((8, 1), -1)], 1)
     check_edit(clamp, batch, 32)
-    check_edit(replace(clamp, where="last_prompt", error_scale=0.3, sae=subject.sae(SITE)), batch, 32)
+    check_edit(
+        replace(clamp, where="last_prompt", error_scale=0.3, sae=subject.sae(SITE)), batch, 32
+    )
     check_edit(Perturbation(batch.ids, positions, {SITE: torch.randn(8, 2, 32)}), batch, 32)
     check_edit(Capture(SITE), batch, 32)
 
 
-def test_a_cache_holds_the_edited_prompt(subject: Subject, batch: Batch, clamp: FeatureEdit) -> None:
+def test_a_cache_holds_the_edited_prompt(
+    subject: Subject, batch: Batch, clamp: FeatureEdit
+) -> None:
     """Keys of the layers above the site are those of the clamped residual."""
     edit = replace(clamp, mode="set", value=4.0)
     from holdfast.hooks import AttachedEdits

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdfast.ascent import Climb, ascend
 from holdfast.batch import Batch, Frame
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.gradient_projection import GradientProjection
@@ -16,7 +17,7 @@ from holdfast.constraints.unconstrained import Unconstrained
 from holdfast.edits import FeatureEdit
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.problem import Problem, relative_violation
-from holdfast.recovery import RecoverySpec, _starts, ascend, recover
+from holdfast.recovery import RecoverySpec, _starts, recover
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.steppers import Adam
@@ -153,9 +154,7 @@ def test_exact_constraint_holds_at_every_step_and_the_published_one_does_not(
     leaky = [step["violation_max"] for step in traces["gradient_projection"].trace]
     assert len(exact) > 50 and max(exact) < 1e-6
     assert leaky[-1] > 1000 * max(exact) and leaky[-1] > 1e-3
-    final = relative_violation(
-        problem, traces["encoder_null"].delta, torch.arange(len(problem))
-    )
+    final = relative_violation(problem, traces["encoder_null"].delta, torch.arange(len(problem)))
     assert final.max() < 1e-6, "after the full optimizer, with random restarts"
 
 
@@ -203,9 +202,7 @@ def test_one_seed_gives_identical_results(
 
 
 def test_a_null_space_of_dimension_zero_is_infeasible() -> None:
-    problem = linear_problem(
-        torch.randn(4, D), -torch.ones(4), torch.ones(4), 8.0, held=D + 3
-    )
+    problem = linear_problem(torch.randn(4, D), -torch.ones(4), torch.ones(4), 8.0, held=D + 3)
     found = recover(problem, RecoverySpec(constraint=EncoderNull()), seed=0)
     assert found.outcomes == ("infeasible",) * 4
     assert (found.null_dimension == 0).all() and (found.delta == 0).all()
@@ -243,10 +240,8 @@ def test_a_rate_that_still_grows_leaves_the_rest_undecided() -> None:
         slopes, torch.tensor([-1.6 * gained, -20.0]), torch.tensor([1e-6, 1e-6]), radius
     )
     spec = RecoverySpec(constraint=Unconstrained(), steps=steps, lr=lr, doublings=1)
-    start = 0.5 * radius * torch.stack(
-        [_starts(problem, Unconstrained().feasible(problem), spec, 0, torch.tensor([0]))[1][:, 0, 0]]
-    ).abs().max() / (0.5 * radius)
-    assert start < 1.6 * gained, "the fixture: no random start is there already"
+    starts = _starts(problem, Unconstrained().feasible(problem), spec, 0, torch.tensor([0]))
+    assert starts.start[:, 0, 0].max() < 1.6 * gained, "the fixture: no start is there already"
     found = recover(problem, spec, seed=0)
     assert found.outcomes == ("recovered", "undecided")
     longer = recover(problem, spec.model_copy(update={"steps": 400}), seed=0)
@@ -282,8 +277,14 @@ def test_adam_is_adam(subject: Subject, batch: Batch, bank: FeatureBank) -> None
                 adam.step()
         margins.append(best)
     found = ascend(
-        problem, feasible, rows, torch.zeros(problem.shape), problem.goal, problem.radius,
-        torch.full((len(rows),), lr), steps, Adam(),
+        problem,
+        feasible,
+        Climb(
+            rows, torch.zeros(problem.shape), problem.goal, problem.radius,
+            torch.full((len(rows),), lr),
+        ),
+        steps,
+        Adam(),
     )  # fmt: skip
     torch.testing.assert_close(found.margin, torch.tensor(margins), atol=1e-3, rtol=1e-3)
 

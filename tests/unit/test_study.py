@@ -49,7 +49,7 @@ def test_a_trial_is_identified_by_hashes_and_never_by_a_path() -> None:
         ("seed", "3"),
         ("recovery.steps", "7"),
         ("recovery.budget.relative", "0.3"),
-        ("recovery.stop.clean_margin", "0.5"),
+        ("recovery.stop.clean_margin", "0.7"),
         ("audits.0.intervention.value", "-3.0"),
         ("audits.0.discovery.n_features", "4"),
         ("data.test", "50"),
@@ -71,7 +71,11 @@ def test_two_constraints_do_not_share_an_id_through_their_base_class() -> None:
     }
     assert len(set(ids.values())) == len(ids) == 3
     one, two = (
-        plan(parse(TEXT, ["grid={}", f"recovery.constraint={{kind='gradient_projection', ridge={r}}}"]))
+        plan(
+            parse(
+                TEXT, ["grid={}", f"recovery.constraint={{kind='gradient_projection', ridge={r}}}"]
+            )
+        )
         for r in (1e-4, 1e-3)
     )
     assert one.trials[0].id != two.trials[0].id
@@ -114,7 +118,7 @@ def test_broken_and_missing_files(tmp_path: Path) -> None:
         load(tmp_path / "nothing.toml")
     broken = tmp_path / "broken.toml"
     broken.write_text("name = ")
-    with pytest.raises(StudyError, match="broken.toml: the study is no valid TOML"):
+    with pytest.raises(StudyError, match=r"broken\.toml: the study is no valid TOML"):
         load(broken)
     broken.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(StudyError, match="not a text file"):

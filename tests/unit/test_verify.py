@@ -69,9 +69,7 @@ def test_drift_equals_a_direct_computation(
     checks = verify(subject, batch, (clamp,), added(batch, delta), bank, {"*": 1.0}, True)
     W = bank.W_enc[0].double()
     expected = (delta[:, 0].double() @ W).abs().amax(-1)
-    torch.testing.assert_close(
-        checks.preactivation_drift_absolute, expected, atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(checks.preactivation_drift_absolute, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(checks.norm, delta.double().norm(dim=(1, 2)))
 
 
@@ -89,7 +87,7 @@ def test_relative_drift_is_undefined_without_a_scale(
 def test_a_disarmed_clamp_is_seen(
     subject: Subject, batch: Batch, bank: FeatureBank, clamp: FeatureEdit
 ) -> None:
-    """Push the features below threshold before a gated clamp: fewer firings, smaller displacement."""
+    """Features pushed below threshold before a gated clamp: fewer firings, less displacement."""
     down = -30.0 * bank.W_enc[0].sum(1)
     delta = down.expand(len(batch), 1, -1).clone()
     before = verify(subject, batch, (clamp,), added(batch, delta), bank, {"*": 1.0}, False)

@@ -39,7 +39,8 @@ class Case:
     """What is searched: n audited rows of the test batch, and what is asked of them.
 
     rows [n] of the test batch; batch: these rows, aimed at the answer that is searched for;
-    clean_margin [n]: of the right answer in the audited subject, which sets the goal; dropped: example id → why a valid row is not searched.
+    clean_margin [n]: of the right answer in the audited subject, which sets the goal; dropped:
+    example id → why a valid row is not searched.
     """
 
     subject: Subject
