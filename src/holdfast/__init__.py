@@ -37,7 +37,7 @@ _EXPORTS = {
     "recover": "holdfast.recovery",
     "run_study": "holdfast.run",
     "run_trial": "holdfast.trial",
-    "verify": "holdfast.verify",
+    "verify_recovery": "holdfast.verify:verify",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -117,8 +117,8 @@ class Batch:
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.tokens.device)
         index = rows.tolist()
         positions = self.positions[rows]
-        used = (positions >= 0).any(0) if len(index) else torch.ones_like(positions[0] >= 0)
-        first = int(used.int().argmax()) if used.any() else 0
+        used = (positions >= 0).any(0)
+        first = int(used.int().argmax()) if len(index) else 0
         return Batch(
             ids=tuple(self.ids[i] for i in index),
             clusters=tuple(self.clusters[i] for i in index),

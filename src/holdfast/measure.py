@@ -14,8 +14,8 @@ from holdfast.statistics import Interval, bootstrap, clustered_rate, wilson
 class Measurement(Config):
     """One figure over prompts.
 
-    estimate, low, high: None where nothing was scored; method: of the interval, and whether it
-    respects clusters; n: prompts scored; n_unscored: prompts without a value, for `reason`.
+    estimate, low, high: None where nothing was scored or the value is infinite; method: of the
+    interval, and whether it respects clusters; n: prompts scored; n_unscored: prompts without a value, for `reason`.
     """
 
     name: str
@@ -44,7 +44,7 @@ def _measurement(name: str, unit: str, interval: Interval, reason: str) -> Measu
         n=interval.n,
         n_unscored=interval.n_dropped,
         n_clusters=interval.n_clusters,
-        reason=reason if interval.n_dropped else "",
+        reason=reason if interval.n_dropped or not np.isfinite(interval.estimate) else "",
     )
 
 
@@ -61,6 +61,10 @@ def rate(name: str, hits: Tensor, clusters: Sequence[str]) -> Measurement:
 def median(
     name: str, unit: str, values: Tensor, clusters: Sequence[str], reason: str = ""
 ) -> Measurement:
-    """Median over prompts [n] with a cluster-bootstrap interval; NaN is unscored for `reason`."""
+    """Median over prompts [n] with a cluster-bootstrap interval.
+
+    NaN is unscored for `reason`. Infinite values count by rank; an infinite median or bound is
+    stored as None, also for `reason`.
+    """
     interval = bootstrap(values.double().cpu().numpy(), "median", clusters)
     return _measurement(name, unit, interval, reason)

@@ -148,13 +148,14 @@ def recover(problem: Problem, spec: RecoverySpec, seed: int) -> Recovery:
         failed = _rows_with(found, "undecided")
         if len(failed):
             _try_harder(problem, feasible, spec, seed, failed, found)
-            back = failed[found.margin[failed] > 0]
-            if len(back):  # from the behavior to the goal
-                more = ascend(
-                    problem, feasible, _climb(problem, spec, back, found.delta[back]), spec.steps,
-                    spec.constraint.stepper,
-                )  # fmt: skip
-                found.keep(back, more.delta, more.margin)
+        back = _rows_with(found, "recovered")
+        short = back[found.margin[back] < problem.goal[back]]
+        if len(short):  # the behavior is there, the goal is not: go on, with ever finer steps
+            climb = _climb(problem, spec, short, found.delta[short])
+            more = ascend(
+                problem, feasible, climb, 2 * spec.steps, spec.constraint.stepper, decay=0.1
+            )
+            found.keep(short, more.delta, more.margin)
         recovered = _rows_with(found, "recovered")
         reached = recovered[found.margin[recovered] >= problem.goal[recovered]]
         if len(reached):
@@ -231,7 +232,7 @@ def _try_harder(
                 pick = own[result.margin[own].argmax()]
                 found.outcomes[row] = "not_recovered" if settled else "undecided"
                 found.steps[row] = 2 * attempt
-            found.keep(torch.tensor([row]), result.delta[pick, None], result.margin[pick, None])
+            found.keep(climb.rows[own[:1]], result.delta[pick, None], result.margin[pick, None])
         rows = rows[~torch.isin(rows, late)]
         if settled or not len(rows):
             return

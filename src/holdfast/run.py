@@ -26,6 +26,11 @@ from holdfast.subject import Subject
 from holdfast.summary import summarize
 from holdfast.trial import Lab, Trial, run_trial
 
+SMALL = 20_000_000
+"""Parameters below which one CPU thread is used: operations are too short to be shared, and where
+anything else runs on the machine, waiting for a second thread costs far more than it gives (18
+times the seconds, measured on two busy cores; docs/log.md)."""
+
 PACKAGES = ("holdfast", "torch", "transformers", "safetensors", "numpy", "scipy", "pydantic")
 
 
@@ -116,9 +121,13 @@ def load_lab(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Lab:
         for identity in (trial.subject, trial.twin):
             if identity is not None:
                 needed[digest(identity.model_dump(mode="json"))] = identity
-    return Lab(
-        {key: Subject.load(plan.specs[key], runtime.device, runtime.batch_size) for key in needed}
-    )
+    subjects = {
+        key: Subject.load(plan.specs[key], runtime.device, runtime.batch_size) for key in needed
+    }
+    n_parameters = max(subject.model.num_parameters() for subject in subjects.values())
+    if runtime.device == "cpu" and n_parameters < SMALL:
+        torch.set_num_threads(1)
+    return Lab(subjects)
 
 
 def _run_one(trial: Trial, lab: Lab, store: RunFolder, runtime: Runtime) -> None:

@@ -22,7 +22,9 @@ _STYLE = {"held": "green", "breached": "bold red", "forcible": "yellow", "undeci
 
 
 def console() -> Console:
-    return Console(highlight=False)
+    # In a log there is no terminal to ask for its width; 80 columns would fold every table.
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=132)
 
 
 @contextmanager
@@ -91,9 +93,9 @@ def results_table(summary: dict[str, Any]) -> None:
                 f"{row['audit']}, {row['constraint']}: {row['sentence']}", style="dim", markup=False
             )
     out.print(
-        "smallest norm: median over prompts of the smallest perturbation that restores the clean "
-        "margin, relative to the residual it is added to; drift: how far a clamped feature's "
-        "pre-activation moved, relative to encoder norm x residual norm.",
+        "smallest norm: median over prompts of the smallest perturbation that reaches the goal, "
+        "relative to the residual it is added to, never reached counting as infinite; drift: how "
+        "far a clamped feature's pre-activation moved, relative to encoder norm x residual norm.",
         style="dim",
     )
 
@@ -108,12 +110,12 @@ def _share(row: dict[str, Any]) -> str:
 def _norm(row: dict[str, Any]) -> str:
     if row["norm_relative_median"] is None:
         return "not reached"
-    if row["norm_relative_low"] is None:
-        return f"{row['norm_relative_median']:.3f}"
-    return (
-        f"{row['norm_relative_median']:.3f} "
-        f"[{row['norm_relative_low']:.3f}, {row['norm_relative_high']:.3f}]"
-    )
+
+    def bound(value: float | None) -> str:
+        return "∞" if value is None else f"{value:.3f}"
+
+    low, high = bound(row["norm_relative_low"]), bound(row["norm_relative_high"])
+    return f"{row['norm_relative_median']:.3f} [{low}, {high}]"
 
 
 def findings_table(findings: Sequence[Finding]) -> None:

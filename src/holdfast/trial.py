@@ -239,12 +239,16 @@ def _result(
     clusters = case.batch.clusters
     recovered = checks.margin > 0
     smallest = recovery.smallest_norm.double() / problem.reference_norm.double()
-    never = "the goal was never reached inside the budget"
+    reached = ~smallest.isnan()
     measurements: list[Measurement] = [
         rate("recovery_rate", recovered, clusters),
-        rate("goal_rate", ~smallest.isnan(), clusters),
+        rate("goal_rate", reached, clusters),
         median(
-            "smallest_norm_relative", "share of the residual's norm", smallest, clusters, never
+            # Never reached counts as infinitely far: a median over the prompts that did reach the
+            # goal would flatter whoever reaches it seldom.
+            "smallest_norm_relative", "share of the residual's norm",
+            smallest.nan_to_num(nan=torch.inf), clusters,
+            "half of the prompts or more never reached the goal inside the budget",
         ),
         median(
             "drift_relative", "share of the features' norm", checks.drift_relative, clusters,

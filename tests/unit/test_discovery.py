@@ -12,6 +12,7 @@ from holdfast.batch import Batch, check_disjoint
 from holdfast.discovery import with_scale
 from holdfast.discovery.attribution import Attribution
 from holdfast.discovery.given import Given
+from holdfast.edits import Capture
 from holdfast.errors import FeatureError, SplitError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.sites import Site
@@ -68,19 +69,30 @@ def test_groups_are_fitted_on_their_own_prompts(subject: Subject, batch: Batch) 
         assert list(found[group]) == scores[rows].mean(0).topk(3).indices.tolist()
 
 
-def test_contrast_subtracts_what_the_neighbors_share(subject: Subject, batch: Batch) -> None:
-    kind = Attribution(n_features=5, contrast=True)
-    with pytest.raises(FeatureError, match=r"no feature .* positive attribution"):
-        kind.find(subject, batch, {"same": batch})  # nothing is left
+def test_features_that_fire_on_the_neighbors_are_left_out(subject: Subject, batch: Batch) -> None:
+    other = tiny_batch(subject, 6, seed=5)
+    rate = Attribution().firing_rate(subject, other, SITE)
+    limit = 0.9
+    kind = Attribution(n_features=5, retain_threshold=limit)
+    by_hand = []
+    for row in range(len(other)):
+        capture = Capture(SITE)
+        subject.outputs(other.rows([row]), (capture,))
+        by_hand.append((subject.sae(SITE).encode(capture.seen[0][1][0, 1:]) > 0).any(0))
+    torch.testing.assert_close(rate, torch.stack(by_hand).float().mean(0))
+    found = kind.find(subject, batch, {"other": other}).at(SITE)[0].ids
+    assert (rate[list(found)] <= limit).all()
+    plain = Attribution(n_features=5).find(subject, batch, {}).at(SITE)[0].ids
+    assert (rate[list(plain)] > limit).any(), "the fixture: without the rule some would be taken"
     with pytest.raises(FeatureError, match="neighbors"):
         kind.find(subject, batch, {})
+    with pytest.raises(FeatureError, match=r"no feature .* positive attribution"):
+        Attribution(retain_threshold=0.0).find(subject, batch, {"same": batch})
 
 
 def test_scale_is_the_median_active_value_on_the_fit_split(subject: Subject, batch: Batch) -> None:
     features = FeatureSet(entries=(SiteFeatures(site=str(SITE), ids=(1, 5)),), source="test")
     found = with_scale(subject, batch, features).at(SITE)[0].median_active
-    from holdfast.edits import Capture
-
     capture = Capture(SITE)
     subject.outputs(batch, (capture,))
     x = capture.seen[0][1][batch.positions > 0]

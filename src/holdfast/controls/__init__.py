@@ -92,11 +92,12 @@ def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
         others = [t for t in dict.fromkeys(answers[row].tolist()) if t != target]
         targets.append(target)
         rivals.append(others)
-    width = max(len(others) for others in rivals)
+    width = max((len(others) for others in rivals), default=1)
     padded = [others + others[:1] * (width - len(others)) for others in rivals]
     device = batch.tokens.device
     return batch.aimed(
-        torch.as_tensor(targets, device=device), torch.as_tensor(padded, device=device)
+        torch.as_tensor(targets, dtype=torch.long, device=device),
+        torch.as_tensor(padded, dtype=torch.long, device=device).reshape(len(batch), width),
     )
 
 

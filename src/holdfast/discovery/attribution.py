@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.discovery import DiscoveryKind
-from holdfast.edits import never_fired
+from holdfast.edits import Capture, never_fired
 from holdfast.errors import FeatureError
 from holdfast.features import EVERY_GROUP, FeatureSet, SiteFeatures
 from holdfast.positions import Where, selected
@@ -53,8 +53,9 @@ class Attribution(DiscoveryKind):
     exactly. Only positive attributions count.
 
     positions, include_bos: which tokens are summed over. group: `name` fits features per group of
-    prompts, None one set for all. contrast: subtract the mean attribution on the neighbors' fit
-    prompts, which keeps features that carry the behavior and not the format it shares.
+    prompts, None one set for all. retain_threshold: leave out features that fire on more than this
+    share of any neighbor's fit prompts (the sparsity rule of Farrell et al. 2410.19278, METHODS
+    J.1, counted in prompts); without it, features of a shared format are clamped along.
     """
 
     kind: Literal["attribution"] = "attribution"
@@ -62,26 +63,27 @@ class Attribution(DiscoveryKind):
     positions: Where = "all"
     include_bos: bool = False
     group: Literal["name"] | None = None
-    contrast: bool = False
+    retain_threshold: float | None = Field(None, ge=0, le=1)
 
     def find(self, subject: Subject, fit: Batch, neighbors: dict[str, Batch]) -> FeatureSet:
-        if self.contrast and not neighbors:
-            raise FeatureError("contrast = true needs a behavior with neighbors, this has none")
+        if self.retain_threshold is not None and not neighbors:
+            raise FeatureError("retain_threshold needs a behavior with neighbors, this has none")
         entries = []
         for site in sorted(subject.saes):
             scores = self.scores(subject, fit, site)
-            common = torch.zeros_like(scores[0])
-            if self.contrast:
-                rest = [self.scores(subject, batch, site) for batch in neighbors.values()]
-                common = torch.cat(rest).mean(0)
+            shared = torch.zeros_like(scores[0], dtype=torch.bool)
+            if self.retain_threshold is not None:
+                for batch in neighbors.values():
+                    shared |= self.firing_rate(subject, batch, site) > self.retain_threshold
             for group, rows in self._groups(fit).items():
-                mean = scores[rows].mean(0) - common
+                mean = scores[rows].mean(0).masked_fill(shared, -torch.inf)
                 best = mean.topk(min(self.n_features, len(mean)))
                 positive = best.values > 0
                 if not positive.any():
                     raise FeatureError(
                         f"no feature at {site} has a positive attribution for group {group!r} "
-                        f"({len(rows)} fit prompts); the behavior is not read from this SAE here"
+                        f"({len(rows)} fit prompts, {int(shared.sum())} features left out for the "
+                        "neighbors); the behavior is not read from this SAE here"
                     )
                 entries.append(
                     SiteFeatures(
@@ -100,6 +102,17 @@ class Attribution(DiscoveryKind):
         for row, group in enumerate(fit.groups):
             rows[group].append(row)
         return {group: torch.as_tensor(index) for group, index in sorted(rows.items())}
+
+    def firing_rate(self, subject: Subject, batch: Batch, site: Site) -> Tensor:
+        """[n_features] share of prompts on which a feature fires at any of the positions."""
+        sae, capture = subject.sae(site), Capture(site)
+        subject.outputs(batch, (capture,))
+        fired = torch.zeros(sae.n_features, device=subject.device)
+        for frame, x in capture.seen:
+            mask = selected(self.positions, self.include_bos, frame)
+            for row in range(len(x)):
+                fired += (sae.encode(x[row, mask[row]]) > 0).any(0).float()
+        return fired / len(batch)
 
     def scores(self, subject: Subject, batch: Batch, site: Site) -> Tensor:
         """[b n_features] attribution of every feature on every prompt, in logits."""

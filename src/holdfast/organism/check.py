@@ -150,7 +150,10 @@ def _demo_audits(root: Path) -> Iterator[Finding]:
         )  # fmt: skip
         yield _valid(f"{audit.name}", int(setting.suppressed.sum()), len(setting.test))
         for neighbor, (_, clean, suppressed) in setting.neighbors.items():
-            before, after = float((clean > 0).float().mean()), float((suppressed > 0).float().mean())
+            before, after = (
+                float((clean > 0).float().mean()),
+                float((suppressed > 0).float().mean()),
+            )
             yield Finding(
                 check=f"organism: {audit.name}, {neighbor} under the clamp",
                 passed=after >= 0.9,
@@ -199,8 +202,8 @@ def _refusal(subject: Subject) -> tuple[int, int]:
     fit, test = ask("forbidden", "fit", 100), ask("grey", "test", 200)
     subject = _only(subject, Site(1))
     features = Attribution(n_features=16).find(subject, fit, {})
-    # On the prompt only: at this strength a clamp on generated tokens breaks the sentence, and broken
-    # text is not a refusal.
+    # On the prompt only: at this strength a clamp on generated tokens breaks the sentence, and
+    # broken text is not a refusal.
     edits = Clamp(mode="set", value=12.0, positions="prompt").edits(subject, features)
     return int((~refuses(test, ()) & refuses(test, edits)).sum()), len(test)
 

@@ -1,8 +1,8 @@
 """The known-answer pair: two subjects that differ in one thing, whether there is a second route.
 
 Both read the residual of one site through an orthogonal projection, and their layers above were
-trained behind it. The *bottleneck* sees the span of the clamped features' encoder columns and nothing
-else, so what is orthogonal to them cannot matter: a clamp on these features holds, and a search
+trained behind it. The *bottleneck* sees the span of the clamped features' encoder columns and
+nothing else, so what is orthogonal to them cannot matter: a clamp on these features holds, and a search
 that keeps them exactly still must find nothing. The *second route* sees as many further directions,
 which carry the behavior as well: there the clamp does not hold, and a search must find it.
 """
@@ -42,9 +42,7 @@ def train_pair(
     The SAE is the organism's: layers up to the site are left as they are.
     """
     source = Folder(path=str(organism / "saes" / str(SITE.layer)))
-    spec = SubjectSpec(
-        model=str(organism), saes=(SAESpec(site=str(SITE), source=source),)
-    )
+    spec = SubjectSpec(model=str(organism), saes=(SAESpec(site=str(SITE), source=source),))
     subject = Subject.load(spec)
     fit = subject.batch(IOI().examples("fit", Data().fit, seed))
     features = Attribution(n_features=N_FEATURES).find(subject, fit, {})
@@ -114,9 +112,7 @@ def _train_behind(
         if step == steps:
             break
         logits = model(tokens[:, :-1]).logits
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         weight = weights[:, 1:].flatten()
         loss = (losses * weight).sum() / weight.sum()
         loss.backward()

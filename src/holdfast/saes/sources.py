@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, SerializeAsAny, field_validator
 
@@ -71,13 +71,24 @@ class Folder(SAESource):
         try:
             cfg = json.loads((folder / "cfg.json").read_text())
             tensors = load_file(folder / "sae_weights.safetensors")
-        except (json.JSONDecodeError, SafetensorError) as error:
+        except (ValueError, SafetensorError) as error:  # ValueError: no JSON, or no text at all
             raise SAEError(f"{self.path}: the SAE's files cannot be read: {error}") from None
+        if not isinstance(cfg, dict):
+            raise SAEError(f"{self.path}: cfg.json holds a {type(cfg).__name__}, not a table")
         architecture = cfg.get("architecture")
-        if architecture not in ("standard", "jumprelu"):
+        # Before SAELens 6 a TopK SAE was a "standard" one with another activation function.
+        activation = cfg.get("activation_fn_str", "relu")
+        if architecture not in ("standard", "jumprelu") or activation != "relu":
+            named = architecture if activation == "relu" else activation
             raise SAEError(
-                f"{self.path}: architecture {architecture!r} is not supported from a folder; "
+                f"{self.path}: architecture {named!r} is not supported from a folder; "
                 "known: standard, jumprelu"
+            )
+        if "scaling_factor" in tensors or cfg.get("finetuning_scaling_factor"):
+            raise SAEError(
+                f"{self.path}: it has a scaling_factor per feature that is not folded into its "
+                "weights; fold it (SAELens: fold_activation_norm_scaling_factor, or multiply W_dec "
+                "row by row) and save it again"
             )
         normalization = cfg.get("normalize_activations", "none")
         if normalization != "none":
@@ -107,10 +118,20 @@ class Folder(SAESource):
             b_enc=tensors["b_enc"],
             b_dec=tensors["b_dec"],
             threshold=threshold,
-            subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", False)),
+            subtract_b_dec=self._subtracts(cfg),
             name=self.path,
             sha256=self.sha256(),
         )
+
+    def _subtracts(self, cfg: dict[str, Any]) -> bool:
+        """Whether the encoder reads x − b_dec: never guessed, since it moves every feature."""
+        value = cfg.get("apply_b_dec_to_input")
+        if not isinstance(value, bool):
+            raise SAEError(
+                f"{self.path}: cfg.json must say apply_b_dec_to_input = true or false, it says "
+                f"{value!r}; ask whoever trained it (SAELens took true where it was missing)"
+            )
+        return value
 
 
 class SAESpec(Config):

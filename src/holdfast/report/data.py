@@ -1,0 +1,221 @@
+"""What the sections of a report read: a run's records, gathered once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.report.wording import arm_name
+from holdfast.store import RunFolder
+from holdfast.study import Audit, Plan
+from holdfast.summary import siblings, summarize
+from holdfast.trial import Trial
+
+HEADLINE = "encoder_null"
+"""The exact constraint: its verdict is the one that counts."""
+
+FREE = "unconstrained"
+"""The constraint that holds nothing: recovery under it says nothing about the clamp."""
+
+LEAK = 1e-5
+"""Pre-activation drift above which clamped features have moved: rounding stays far below it."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A finished trial: an audit's own search, or one of its controls.
+
+    audited: the examples that were searched; row: the trial's row of the summary.
+    """
+
+    trial: Trial
+    record: Mapping[str, Any]
+    audited: tuple[Mapping[str, Any], ...]
+    row: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.trial.control.kind
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        result: Mapping[str, Any] = self.record["result"]
+        return result
+
+    @property
+    def checks(self) -> Mapping[str, Any]:
+        checks: Mapping[str, Any] = self.result["checks"]
+        return checks
+
+    def values(self, name: str) -> list[float]:
+        """A column of the audited examples, without those that have no value."""
+        return [float(row[name]) for row in self.audited if is_number(row[name])]
+
+    def measured(self, name: str) -> Mapping[str, Any] | None:
+        """A measurement by name; None where the trial did not make it."""
+        found = [m for m in self.result["measurements"] if m["name"] == name]
+        return found[0] if found else None
+
+    @property
+    def n_reached(self) -> int:
+        """Prompts whose goal, their own clean margin, was reached inside the budget."""
+        return len(self.values("smallest_norm_relative"))
+
+
+@dataclass(frozen=True)
+class Point:
+    """An audit at one point of the grid, with the controls that are finished."""
+
+    label: str
+    main: Arm
+    controls: tuple[Arm, ...]
+
+    @property
+    def constraint(self) -> str:
+        return self.main.trial.recovery.constraint.kind
+
+    @property
+    def free(self) -> bool:
+        """Nothing was held."""
+        return self.constraint == FREE
+
+    @property
+    def drift(self) -> float:
+        """Largest drift of a held feature's pre-activation, relative; 0 where nothing was read."""
+        value = self.main.checks["preactivation_drift_max"]
+        return float(value) if is_number(value) else 0.0
+
+    @property
+    def leaks(self) -> bool:
+        """Features were to be held, and moved."""
+        return not self.free and self.drift > LEAK
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return (self.main, *self.controls)
+
+    def arm(self, kind: str) -> Arm | None:
+        found = [arm for arm in self.arms if arm.kind == kind]
+        return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class AuditData:
+    """An audit's points in the order of the study. headlines: those whose verdict counts."""
+
+    name: str
+    known_answer: str | None
+    points: tuple[Point, ...]
+    headlines: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything a report shows. unfinished: what is known to be missing, by name."""
+
+    study: str
+    study_hash: str
+    study_fields: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    audits: tuple[AuditData, ...]
+    complete: bool
+    n_done: int
+    unfinished: tuple[str, ...]
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return tuple(arm for a in self.audits for point in a.points for arm in point.arms)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        return tuple(point for audit in self.audits for point in audit.points)
+
+    @property
+    def constraints(self) -> tuple[str, ...]:
+        """Kinds of constraint in the order of the study."""
+        return tuple(dict.fromkeys(point.constraint for point in self.points))
+
+
+def gather(store: RunFolder, plan: Plan) -> ReportData:
+    """Read a run's finished trials once, each verified, and judge them."""
+    done = [trial for trial in plan.trials if store.has(trial.id)]
+    unfinished = _unfinished(store, plan)
+    # A plan read back from a folder holds its finished trials only: the summary knows better.
+    written = store.summary()
+    complete = bool(done) and not unfinished and (written is None or written["complete"])
+    summary = summarize(plan, store, done, complete)
+    rows = {row["id"]: row for row in summary["trials"]}
+    arms = {
+        trial.id: Arm(
+            trial=trial,
+            record=store.load(trial.id),
+            audited=tuple(row for row in store.examples(trial.id) if row["outcome"]),
+            row=rows[trial.id],
+        )
+        for trial in done
+    }
+    vary = [path for path in plan.study.grid if not path.startswith("recovery.constraint")]
+    known = {audit.name: audit for audit in plan.study.audits}
+    names = dict.fromkeys(trial.audit for trial in done if trial.control.kind == "none")
+    return ReportData(
+        study=plan.study.name,
+        study_hash=plan.hash,
+        study_fields=plan.study.canonical(),
+        summary=summary,
+        audits=tuple(_audit(name, known.get(name), done, arms, vary) for name in names),
+        complete=complete,
+        n_done=len(done),
+        unfinished=unfinished,
+    )
+
+
+def _unfinished(store: RunFolder, plan: Plan) -> tuple[str, ...]:
+    """Planned trials without a record, and audits of the study without any trial."""
+    begun = {trial.audit for trial in plan.trials}
+    return tuple(
+        f"{trial.audit}, {trial.recovery.constraint.kind}, {arm_name(trial.control.kind)}"
+        for trial in plan.trials
+        if not store.has(trial.id)
+    ) + tuple(f"all of {audit.name}" for audit in plan.study.audits if audit.name not in begun)
+
+
+def _audit(
+    name: str, audit: Audit | None, done: Sequence[Trial], arms: Mapping[str, Arm], vary: list[str]
+) -> AuditData:
+    points = tuple(
+        Point(
+            label=_label(trial, vary),
+            main=arms[trial.id],
+            controls=tuple(arms[other.id] for other in siblings(trial, done).values()),
+        )
+        for trial in done
+        if trial.audit == name and trial.control.kind == "none"
+    )
+    last = points[-1].constraint
+    wanted = HEADLINE if any(p.constraint == HEADLINE for p in points) else last
+    return AuditData(
+        name=name,
+        known_answer=audit.known_answer if audit else None,
+        points=points,
+        headlines=tuple(p for p in points if p.constraint == wanted),
+    )
+
+
+def _label(trial: Trial, vary: Sequence[str]) -> str:
+    """The constraint, and what else the grid varies."""
+    parts = [trial.recovery.constraint.kind]
+    for path in vary:
+        value: Any = trial.canonical()
+        for key in path.split("."):
+            value = value[int(key)] if isinstance(value, list) else value.get(key)
+            if not isinstance(value, dict | list):
+                break
+        parts.append(f"{path.rpartition('.')[2]} {value}")
+    return ", ".join(parts)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it was scored: neither null, nor NaN, nor infinite."""
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,93 @@
+"""Put the page together: one file, no requests, everything escaped."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from holdfast.report import (
+    clamped,
+    drift,
+    funnel,
+    known_answer,
+    limits,
+    norms,
+    prompts,
+    provenance,
+    side_effects,
+    verdicts,
+    wording,
+)
+from holdfast.report.data import ReportData, gather
+from holdfast.report.picture import draw
+from holdfast.store import RunFolder, write_atomic
+from holdfast.study import Plan
+
+SECTIONS = (
+    verdicts, funnel, norms, drift, known_answer, side_effects, clamped, prompts, limits, provenance
+)  # fmt: skip
+PICTURE = "picture.svg"
+
+
+def write_report(store: RunFolder, plan: Plan, path: Path) -> Path:
+    """Write the page of a run to `path`, and its picture into the run's folder.
+
+    From records only: trials that are not finished are left out, and the page says so.
+    """
+    data = gather(store, plan)
+    picture = draw(data)
+    write_atomic(store.path / PICTURE, picture.encode())
+    write_atomic(Path(path), render(data, picture).encode())
+    return Path(path)
+
+
+def render(data: ReportData, picture: str) -> str:
+    """The page as text. picture: an SVG, taken over as it is."""
+    from plotly.offline import get_plotlyjs
+
+    env = environment()
+    sections = [made for module in SECTIONS if (made := module.section(data))]
+    bodies = [
+        (part, Markup(env.get_template(part.template).render(part.context))) for part in sections
+    ]
+    return env.get_template("page.html.j2").render(
+        data=data,
+        goal=_goal(data),
+        sections=bodies,
+        cards=[verdicts.card(audit, point) for audit in data.audits for point in audit.headlines],
+        headlines=len({point.label for audit in data.audits for point in audit.headlines}),
+        figures=[drawn for part in sections for drawn in part.figures],
+        picture=Markup(picture),
+        meanings=verdicts.MEANINGS,
+        css=Markup(_asset("page.css")),
+        script=Markup(_asset("page.js")),
+        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+    )
+
+
+def environment() -> Environment:
+    """Templates with every value escaped, and the words they share."""
+    env = Environment(
+        loader=PackageLoader("holdfast.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("percent", "percent_range", "norm", "norm_range", "power", "duration"):
+        env.filters[name] = getattr(wording, name)
+    env.globals["marks"] = verdicts.MARKS
+    return env
+
+
+def _goal(data: ReportData) -> str:
+    """The share of the clean margin at which a search has succeeded."""
+    shares = {arm.trial.recovery.stop.clean_margin for arm in data.arms}
+    return " or ".join(f"{share:.0%}" for share in sorted(shares)) or "a set share"
+
+
+def _asset(name: str) -> str:
+    return (files("holdfast.report") / "templates" / name).read_text()

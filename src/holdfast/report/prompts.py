@@ -1,0 +1,40 @@
+"""Every audited prompt by id and hash. Texts stay with the run: none is shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from holdfast.report.data import AuditData, ReportData, is_number
+from holdfast.report.section import Section
+
+
+def section(data: ReportData) -> Section:
+    return Section("prompts", "Prompt by prompt", {"audits": [_audit(a) for a in data.audits]})
+
+
+def _audit(audit: AuditData) -> dict[str, Any]:
+    point = audit.headlines[0]
+    wrong = point.arm("wrong_target")
+    forced = {row["id"]: row["smallest_norm_relative"] for row in wrong.audited} if wrong else {}
+    return {
+        "name": audit.name,
+        "label": point.label,
+        "rows": [
+            {
+                "id": row["id"],
+                "sha": str(row["text_sha256"])[:12],
+                "clean": row["clean_margin"],
+                "suppressed": row["suppressed_margin"],
+                "recovered": row["margin"],
+                "outcome": str(row["outcome"]).replace("_", " "),
+                "norm": _number(row["smallest_norm_relative"]),
+                "forced": _number(forced.get(row["id"])),
+                "drift": _number(row["preactivation_drift"]),
+            }
+            for row in point.main.audited
+        ],
+    }
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if is_number(value) else None

@@ -1,0 +1,430 @@
+"""The report is one file that asks for nothing, escapes everything, and says what is missing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.canonical import SCHEMA
+from holdfast.report import write_picture, write_report
+from holdfast.report.data import gather
+from holdfast.report.figures import script_safe
+from holdfast.report.known_answer import findings
+from holdfast.report.wording import percent, power, ratio
+from holdfast.store import RunFolder
+from holdfast.study import Plan, Study
+from holdfast.trial import SAEIdentity, SubjectIdentity, Trial
+
+SITE = "blocks.1.hook_resid_post"
+CONSTRAINTS = ("unconstrained", "gradient_projection", "encoder_null")
+CONTROLS = ("none", "wrong_target", "no_clamp", "ignorant")
+DRIFT = {"unconstrained": 0.1, "gradient_projection": 0.03, "encoder_null": 1e-8}
+HOSTILE = "<script>alert(1)</script>"
+
+
+@dataclass(frozen=True)
+class Fake:
+    """An audit to make up. norms: control → typical smallest norm, None for never reached."""
+
+    norms: dict[str, float | None]
+    known: str | None = None
+    constraints: tuple[str, ...] = CONSTRAINTS
+    neighbors: bool = False
+
+
+FAKES = {
+    "ioi": Fake({"none": 0.12, "wrong_target": 0.31, "no_clamp": 0.36, "ignorant": 0.33}),
+    "mcq": Fake(
+        {"none": 0.19, "wrong_target": 0.2, "no_clamp": 0.34, "ignorant": None}, neighbors=True
+    ),
+    "bottleneck": Fake({"none": None, "wrong_target": None}, "holds"),
+    "second_route": Fake({"none": 0.1, "wrong_target": 0.3}, "does_not_hold"),
+}
+
+
+def make_trial(audit: str, constraint: str, control: str) -> Trial:
+    def subject(name: str) -> SubjectIdentity:
+        sae = SAEIdentity(site=SITE, sha256="5" * 64)
+        return SubjectIdentity(
+            name=name, weights_sha256="a" * 64, dtype="float32", attention="sdpa", saes=(sae,)
+        )
+
+    return Trial(
+        audit=audit,
+        seed=0,
+        subject=subject("organism"),
+        twin=subject("organism-ignorant") if control == "ignorant" else None,
+        data={"fit": 40, "test": 60},
+        behavior={"kind": "ioi"},
+        discovery={"kind": "given", "features": [{"site": SITE, "ids": [3, 5]}]},
+        intervention={"kind": "clamp", "value": [-2.0, -5.0]},
+        recovery={"constraint": {"kind": constraint}, "budget": {"relative": 0.5}},
+        control={"kind": control},
+    )
+
+
+def make_study(fakes: dict[str, Fake]) -> Study:
+    names = [name if re.fullmatch(r"\w+", name) else "hostile" for name in fakes]
+    audits = [
+        {
+            "name": name,
+            "known_answer": fake.known,
+            "behavior": {"kind": "ioi"},
+            "discovery": {"kind": "given", "features": [{"site": SITE, "ids": [3, 5]}]},
+            "intervention": {"kind": "clamp", "value": [-2.0, -5.0]},
+        }
+        for name, fake in zip(names, fakes.values(), strict=True)
+    ]
+    source = {"kind": "folder", "path": "organism:saes/1"}
+    study = {
+        "schema": 1,
+        "name": "made-up",
+        "subject": {"model": "organism", "saes": [{"site": SITE, "source": source}]},
+        "recovery": {"constraint": {"kind": "encoder_null"}, "budget": {"relative": 0.5}},
+        "audits": audits,
+        "grid": {"recovery.constraint.kind": list(CONSTRAINTS)},
+    }
+    return Study.model_validate(study)
+
+
+def measurement(name: str, estimate: float | None, n: int, width: float = 0.05) -> dict[str, Any]:
+    low, high = (None, None) if estimate is None else (estimate - width, estimate + width)
+    if name.startswith(("recovery", "neighbor")) and estimate is not None:
+        low, high = max(estimate - width, 0.0), min(estimate + width, 1.0)
+    return {
+        "name": name, "unit": "share", "estimate": estimate, "low": low, "high": high,
+        "method": "made up", "n": n, "n_unscored": 0, "n_clusters": n, "reason": "",
+    }  # fmt: skip
+
+
+def make_rows(
+    n: int, typical: float | None, drift: float, rng: random.Random, prefix: str
+) -> list[dict[str, Any]]:
+    """The last five of n prompts are not audited; every ninth never reaches its goal."""
+    rows = []
+    for i in range(n):
+        audited = i < n - 5
+        norm = math.nan
+        if audited and typical is not None and i % 9 != 8:
+            norm = min(typical * math.exp(rng.gauss(0, 0.35)), 0.5)
+        rows.append(
+            {
+                "id": f"{prefix}{i}",
+                "cluster": f"c{i}",
+                "group": "*",
+                "text_sha256": f"{i:064x}",
+                "clean_margin": 4.0 + rng.random(),
+                "suppressed_margin": -1.0 - rng.random(),
+                "dropped": "" if audited else "the intervention does not suppress it",
+                "outcome": ("not_recovered" if typical is None else "recovered") if audited else "",
+                "recovered": audited and typical is not None,
+                "margin": math.nan if not audited else -0.5 if typical is None else 2.0,
+                "smallest_norm_relative": norm,
+                "preactivation_drift": drift * math.exp(rng.gauss(-0.7, 0.4))
+                if audited
+                else math.nan,
+            }
+        )
+    return rows
+
+
+def make_record(
+    trial: Trial, fake: Fake, typical: float | None, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    audited = [row for row in rows if row["outcome"]]
+    n, recovered = len(audited), sum(row["recovered"] for row in audited)
+    drifts = sorted(row["preactivation_drift"] for row in audited)
+    measurements = [
+        measurement("recovery_rate", recovered / n, n),
+        measurement("smallest_norm_relative", typical, n, 0.02),
+        measurement("preactivation_drift", drifts[len(drifts) // 2], n, 0.0),
+    ]
+    if fake.neighbors:
+        measurements += [
+            measurement("neighbor.music.clean", 0.98, 80),
+            measurement("neighbor.music.suppressed", 0.91, 80),
+        ]
+    counts = dict.fromkeys(
+        ("recovered", "not_recovered", "undecided", "infeasible", "diverged"), 0
+    ) | {"recovered": recovered, "not_recovered": n - recovered}
+    stages = {"tried": len(rows), "clean": len(rows) - 1, "suppressed": n, "valid": n}
+    constraint = trial.recovery.constraint.kind
+    return {
+        "schema": SCHEMA,
+        "id": trial.id,
+        "trial": trial.canonical(),
+        "result": {
+            "funnel": {
+                "stages": stages | {"recovered": recovered},
+                "dropped": {"the intervention does not suppress it": 5},
+                "splits": {"fit": 40, "tune": 20, "test": len(rows)},
+            },
+            "outcome": {"outcome": "recovered", "sentence": "made up", "counts": counts},
+            "measurements": measurements,
+            "checks": {
+                "preactivation_drift_max": drifts[-1],
+                "preactivation_drift_max_absolute": 10 * drifts[-1],
+                "drift_relative_mean": math.nan if constraint == "encoder_null" else 0.4,
+                "drift_relative_max": math.nan if constraint == "encoder_null" else 3.2,
+                "drift_absolute_max": 0.1,
+                "n_drift_undefined": 2,
+                "drift_assigned_mean": math.nan,
+                "clamp_mismatch_mean": math.nan,
+                "firings_kept_mean": math.nan,
+                "displacement_mean": 1.0,
+                "gate_flips": 0 if constraint == "encoder_null" else 17,
+                "norm_relative_max": 0.5,
+                "budget_relative": 0.5,
+                "null_dimension": 112,
+                "replay_error": 2e-6,
+            },
+            "features": {
+                "entries": [
+                    {"site": SITE, "group": "*", "ids": [3, 5], "scores": [0.02, 0.001],
+                     "median_active": 4.0},
+                    {"site": SITE, "group": HOSTILE, "ids": [7], "scores": [],
+                     "median_active": None},
+                ],
+                "source": "given",
+            },
+            "intervention": trial.canonical()["intervention"] | {"value": -5.0},
+            "trace": [
+                {"step": step, "n_searching": n, "n_reached": 0, "margin_mean": 0.1 * step,
+                 "norm_relative_mean": 0.01 * step,
+                 "violation_max": DRIFT[constraint] * (1 - math.exp(-step / 8))}
+                for step in range(40)
+            ],
+        },
+        "run": {
+            "started": "2026-11-21T08:43:45+00:00", "seconds": 4.2, "device": "cpu", "threads": 1,
+            "batch_plan": {"batch_size": 256}, "versions": {"holdfast": "0.1.0", "torch": "2.13"},
+            "platform": "Linux x86_64, 2 cores", "weights_sha256": "a" * 64,
+            "command": "holdfast demo",
+        },
+    }  # fmt: skip
+
+
+def make_run(
+    path: Path,
+    fakes: dict[str, Fake] = FAKES,
+    n: int = 24,
+    keep: Callable[[Trial], bool] = lambda trial: True,
+    prefix: str = "p/",
+) -> tuple[RunFolder, Plan]:
+    """A finished run of made-up records, or an unfinished one of those that `keep` says."""
+    study = make_study(fakes)
+    trials = []
+    with RunFolder.open(path, study.canonical(), None) as store:
+        for audit, fake in fakes.items():
+            for constraint in fake.constraints:
+                for control in CONTROLS:
+                    if control not in fake.norms:
+                        continue
+                    trial = make_trial(audit, constraint, control)
+                    trials.append(trial)
+                    if not keep(trial):
+                        continue
+                    typical = fake.norms[control]
+                    if fake.known == "holds" and constraint != "encoder_null":
+                        typical = 0.22  # the leak
+                    rng = random.Random(trial.id)
+                    rows = make_rows(n, typical, DRIFT[constraint], rng, prefix)
+                    record = make_record(trial, fake, typical, rows)
+                    store.write(record, {"delta": torch.zeros(1)}, rows)
+    return RunFolder.read(path), Plan(study, tuple(trials), {})
+
+
+def page_of(store: RunFolder, plan: Plan) -> str:
+    return write_report(store, plan, store.path / "report.html").read_text()
+
+
+def own(page: str) -> str:
+    """The page without plotly's source."""
+    scripts = re.findall(r"<script>.*?</script>", page, re.S)
+    longest = max(scripts, key=len)
+    assert len(longest) > 1_000_000
+    return page.replace(longest, "")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Plan]:
+    return make_run(tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture(scope="module")
+def page(whole: tuple[RunFolder, Plan]) -> str:
+    return page_of(*whole)
+
+
+def test_all_sections_of_a_whole_run(page: str) -> None:
+    for id_ in (
+        "verdicts", "funnel", "norms", "drift", "known_answer", "side_effects", "clamped",
+        "prompts", "limits", "provenance",
+    ):  # fmt: skip
+        assert page.count(f'<section id="{id_}">') == 1
+    text = own(page)
+    assert "This run is incomplete" not in text
+    for verdict in ("held", "breached", "forcible"):
+        assert f'class="card {verdict}"' in text
+    assert "wrong target 2 of 19" in text, "prompts never reached are counted in words"
+
+
+def test_it_asks_for_nothing(page: str) -> None:
+    text = own(page)
+    assert page.count("plotly.js v") == 1, "plotly is in the page once"
+    assert "default-src 'none'" in text
+    assert not re.findall(
+        r"""(?:src|srcset|action|data|poster)\s*=\s*["']?\s*(?:https?:)?//""", text
+    )
+    assert not re.findall(r"""<link|@import|url\(|<iframe|<object|fetch\(|XMLHttp""", text)
+    assert {m.split(":")[0] for m in re.findall(r'href="([^"]*)"', text) if m[0] != "#"} == {"data"}
+    allowed = {"http://www.w3.org/2000/svg"}
+    assert set(re.findall(r"https?://[^\s\"'<>)]*", text)) <= allowed
+
+
+def test_every_figure_has_its_place_and_is_json(page: str) -> None:
+    found = re.findall(
+        r'<script type="application/json" data-figure="([^"]+)">(.*?)</script>', page, re.S
+    )
+    assert len(found) == 2 * len(FAKES) + 2
+    for id_, text in found:
+        assert json.loads(text)["data"]
+        assert page.count(f'id="{id_}"') == 1
+
+
+def test_tables_can_be_taken_away(page: str) -> None:
+    tables = re.findall(
+        r'href="data:(text/csv|application/json);charset=utf-8;base64,([^"]+)"', page
+    )
+    (_, csv_text), (_, json_text) = tables
+    n = len(json.loads(base64.b64decode(json_text))["trials"])
+    assert len(base64.b64decode(csv_text).decode().splitlines()) == n + 1
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    store, plan = make_run(
+        tmp_path / "run", {HOSTILE: Fake({"none": 0.1, "wrong_target": 0.3})}, prefix=HOSTILE
+    )
+    page = page_of(store, plan)
+    assert HOSTILE not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;0</td>" in page
+    picture = (store.path / "picture.svg").read_text()
+    assert HOSTILE not in picture
+    ElementTree.fromstring(picture)
+
+
+def test_json_cannot_close_its_script() -> None:
+    text = script_safe('{"a": "</script><!--\u2028&"}')
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"a": "</script><!--\u2028&"}
+
+
+def test_a_leaky_recovery_where_the_clamp_holds_is_a_false_breach(
+    whole: tuple[RunFolder, Plan],
+) -> None:
+    data = gather(*whole)
+    audits = {audit.name: audit for audit in data.audits}
+    status = {
+        (name, finding.label): finding.status
+        for name in ("bottleneck", "second_route")
+        for finding in findings(audits[name], audits[name].points)
+    }
+    assert status == {
+        ("bottleneck", "unconstrained"): "no test",
+        ("bottleneck", "gradient_projection"): "false breach",
+        ("bottleneck", "encoder_null"): "agrees",
+        ("second_route", "unconstrained"): "no test",
+        ("second_route", "gradient_projection"): "open",
+        ("second_route", "encoder_null"): "agrees",
+    }
+
+
+def test_false_breach_and_specificity_are_on_the_page(page: str) -> None:
+    text = own(page)
+    assert "FALSE BREACH" in text
+    assert "Specificity of encoder_null on bottleneck: 100%" in text
+    assert "19 of 19 prompts rightly left unrecovered; no false breach" in text
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        {"none": 0.1},
+        {"none": None},
+        {"none": None, "wrong_target": None, "no_clamp": None, "ignorant": None},
+        {"none": None, "wrong_target": 0.2},
+        {"none": 0.2, "wrong_target": None},
+    ],
+)
+def test_missing_controls_and_nothing_recovered(tmp_path: Path, norms: dict[str, Any]) -> None:
+    page = page_of(*make_run(tmp_path / "run", {"only": Fake(norms, known="does_not_hold")}))
+    assert page.count("<section id=") == 10
+    assert ("No control is finished" in page) == (len(norms) == 1)
+
+
+def test_without_the_exact_constraint_the_last_one_is_the_headline(tmp_path: Path) -> None:
+    fake = Fake({"none": 0.1}, constraints=("unconstrained", "gradient_projection"))
+    data = gather(*make_run(tmp_path / "run", {"only": fake}))
+    assert [point.label for point in data.audits[0].headlines] == ["gradient_projection"]
+
+
+def test_an_incomplete_run_says_so(tmp_path: Path) -> None:
+    store, plan = make_run(
+        tmp_path / "run", keep=lambda t: t.audit == "ioi" and t.control.kind == "none"
+    )
+    page = own(page_of(store, plan))
+    assert "This run is incomplete." in page
+    assert "ioi, unconstrained, wrong target" in page
+    assert '<section id="known_answer">' not in page
+    assert "incomplete run" in (store.path / "picture.svg").read_text()
+
+
+def test_a_plan_of_finished_trials_still_names_the_audits_that_are_missing(tmp_path: Path) -> None:
+    store, plan = make_run(tmp_path / "run", keep=lambda t: t.audit == "ioi")
+    done = Plan(plan.study, tuple(t for t in plan.trials if store.has(t.id)), {})
+    data = gather(store, done)
+    assert not data.complete
+    assert data.unfinished == ("all of mcq", "all of bottleneck", "all of second_route")
+
+
+def test_a_run_without_any_trial(tmp_path: Path) -> None:
+    store, plan = make_run(tmp_path / "run", keep=lambda t: False)
+    assert "No trial is finished yet." in page_of(store, plan)
+
+
+def test_the_picture_stands_alone(whole: tuple[RunFolder, Plan], tmp_path: Path) -> None:
+    text = write_picture(*whole, tmp_path / "picture.svg").read_text()
+    root = ElementTree.fromstring(text)
+    assert root.attrib["viewBox"] == "0 0 920 420"
+    words = " ".join(root.itertext())
+    for word in (*CONSTRAINTS, *FAKES, "held", "breached", "forcible", "never reached on any"):
+        assert word in words
+    assert set(re.findall(r"https?://[^\s\"'<>)]*", text)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_the_same_records_make_the_same_page(whole: tuple[RunFolder, Plan], page: str) -> None:
+    assert page_of(*whole) == page
+
+
+def test_wording() -> None:
+    assert [power(x) for x in (None, math.nan, 0.0, 0.154, 2.62e-8, 7.9e6)] == [
+        "–", "–", "0", "0.154", "2.6×10⁻⁸", "7.9×10⁶",
+    ]  # fmt: skip
+    assert [percent(x) for x in (None, 0.0, 0.001, 0.768, 0.999, 1.0)] == [
+        "–", "0%", "<1%", "77%", ">99%", "100%",
+    ]  # fmt: skip
+    base = {"ratio": 2.0, "low": 1.5, "high": None, "share_dearer": 1.0, "n_clusters": 9}
+    assert ratio(base) == "2.00× [1.50, ∞]"
+    assert ratio(base | {"ratio": None, "low": None}) == "∞"
+    assert ratio(base | {"share_dearer": None}) == "–"
