@@ -23,7 +23,7 @@ _EXPORTS = {
     "RecoverySpec": "holdfast.recovery",
     "Replay": "holdfast.replay",
     "RunFolder": "holdfast.store",
-    "Runtime": "holdfast.run",
+    "Runtime": "holdfast.executor",
     "SAE": "holdfast.saes.sae",
     "Site": "holdfast.sites",
     "SiteFeatures": "holdfast.features",

@@ -38,6 +38,11 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:0")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="most rows in one pass")]
 
 
+Workers = Annotated[
+    int, typer.Option("--workers", min=0, help="trials side by side; 0 chooses by model and device")
+]
+
+
 @app.command()
 def run(
     study: StudyArgument,
@@ -46,20 +51,26 @@ def run(
     limit: Limit = None,
     device: Device = "cpu",
     batch_size: BatchSize = 512,
+    workers: Workers = 0,
 ) -> None:
     """Run a study, or go on with one that was interrupted."""
     from holdfast.study import load, read_text
 
-    _run(load(study, set_ or (), limit), read_text(study), out, device, batch_size)
+    _run(load(study, set_ or (), limit), read_text(study), out, device, batch_size, workers)
 
 
 @app.command()
-def demo(out: Out = None, device: Device = "cpu", batch_size: BatchSize = 512) -> None:
+def demo(
+    out: Out = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 512,
+    workers: Workers = 0,
+) -> None:
     """Audit the shipped organism: the whole method in about a minute."""
     from holdfast.study import bundled, parse
 
     text = bundled("demo")
-    _run(parse(text), text, out, device, batch_size)
+    _run(parse(text), text, out, device, batch_size, workers)
 
 
 @app.command()
@@ -131,22 +142,26 @@ def organism_check(
         raise typer.Exit(1)
 
 
-def _run(study: Study, text: str, out: Path | None, device: str, batch_size: int) -> None:
+def _run(
+    study: Study, text: str, out: Path | None, device: str, batch_size: int, workers: int
+) -> None:
+    from holdfast.executor import Runtime
     from holdfast.report import write_report
-    from holdfast.run import Runtime, default_folder, open_run, run_study
+    from holdfast.run import default_folder, open_run, run_study
     from holdfast.study import plan
-    from holdfast.terminal import progress, results_table, say_where
+    from holdfast.terminal import note, progress, results_table, say_where
 
     planned = plan(study)
     folder = out or default_folder(planned)
     command = shlex.join(["holdfast", *sys.argv[1:]])
     with progress(planned) as watcher:
         done: RunReport = run_study(
-            planned, folder, Runtime(device, batch_size, command), text, watcher
+            planned, folder, Runtime(device, batch_size, workers, command), text, watcher
         )
     results_table(done.summary)
     if done.summary["trials"]:
         say_where(write_report(*open_run(folder)[:2], folder / "report.html"))
+    note(done.skipped)
     if done.failures:
         raise HoldfastError("\n".join(done.failures))
 

@@ -15,7 +15,8 @@ class Measurement(Config):
     """One figure over prompts.
 
     estimate, low, high: None where nothing was scored or the value is infinite; method: of the
-    interval, and whether it respects clusters; n: prompts scored; n_unscored: prompts without a value, for `reason`.
+    interval, and whether it respects clusters; n: prompts scored; n_unscored: prompts without a
+    value, for `reason`.
     """
 
     name: str

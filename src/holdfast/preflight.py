@@ -10,9 +10,9 @@ from holdfast.batch import Batch, check_disjoint
 from holdfast.canonical import digest
 from holdfast.edits import Capture
 from holdfast.errors import HoldfastError
+from holdfast.executor import Runtime, load_lab
 from holdfast.finding import Finding
 from holdfast.replay import Replay
-from holdfast.run import Runtime, load_lab
 from holdfast.sites import Site
 from holdfast.study import Plan
 from holdfast.subject import Subject

@@ -70,7 +70,7 @@ class Stop(Config):
 
 
 class RecoverySpec(Config):
-    """How to spec. Everything here changes numbers, so it is part of a trial's identity.
+    """How to search. Everything here changes numbers, so it is part of a trial's identity.
 
     order: who has the last word at one site. steps: steps of the first attempt. lr: the norm of a
     step as a share of the budget. refine_steps: steps of a bisection round, refine_lr: the norm of

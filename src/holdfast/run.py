@@ -1,4 +1,4 @@
-"""Run a study: trials one after the other, each stored whole before the next begins.
+"""Run a study: each trial stored whole as it ends, the summary after it.
 
 What is here changes speed and place, never numbers. A run that was killed goes on with the trials
 that are not stored yet.
@@ -8,64 +8,51 @@ from __future__ import annotations
 
 import os
 import platform
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from holdfast.canonical import SCHEMA, digest
+from holdfast.canonical import SCHEMA
 from holdfast.errors import DeviceError, EmptyValidSetError, StudyError
+from holdfast.executor import Done, Runtime, execute
 from holdfast.store import RunFolder
 from holdfast.study import Plan, Study
-from holdfast.subject import Subject
 from holdfast.summary import summarize
-from holdfast.trial import Lab, Trial, run_trial
+from holdfast.trial import Trial
 
-SMALL = 20_000_000
-"""Parameters below which one CPU thread is used: operations are too short to be shared, and where
-anything else runs on the machine, waiting for a second thread costs far more than it gives (18
-times the seconds, measured on two busy cores; docs/log.md)."""
+__all__ = ["RunReport", "Runtime", "Watcher", "default_folder", "open_run", "run_study"]
 
 PACKAGES = ("holdfast", "torch", "transformers", "safetensors", "numpy", "scipy", "pydantic")
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how fast, never what. command: what repeats the run, for the record."""
-
-    device: str = "cpu"
-    batch_size: int = 512
-    command: str = ""
-
-
 @dataclass
 class Watcher:
-    """Told about progress; the default says nothing."""
+    """Told how many trials are stored and which one was last; the default says nothing."""
 
-    started: Callable[[Trial, int, int], None] = lambda trial, i, n: None
-    finished: Callable[[Trial, bool], None] = lambda trial, reused: None
+    stored: Callable[[int, int, Trial | None], None] = lambda n_stored, n_all, trial: None
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """How a run ended. failures: audits whose valid set was empty, one message each."""
+    """How a run ended. failures: audits whose valid set was empty, one message each; skipped:
+    controls that had no prompt to search, likewise."""
 
     folder: Path
     summary: dict[str, Any]
     n_run: int
     n_reused: int
-    failures: tuple[str, ...] = field(default=())
+    failures: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 def run_study(
     plan: Plan,
     out: Path,
-    runtime: Runtime = Runtime(),
+    runtime: Runtime | None = None,
     text: str | None = None,
     watcher: Watcher | None = None,
 ) -> RunReport:
@@ -74,75 +61,75 @@ def run_study(
     An audit without a valid prompt is reported at the end and keeps nothing else from running;
     any other mistake stops the run, with everything finished so far stored.
     """
-    watcher = watcher or Watcher()
+    runtime, watcher = runtime or Runtime(), watcher or Watcher()
     _check_device(runtime.device)
     with RunFolder.open(out, plan.study.canonical(), text) as store:
-        n_run, failures, empty = 0, [], set()
-        lab: Lab | None = None
-        done: list[Trial] = []
-        todo = [trial for trial in plan.trials if not store.has(trial.id)]
-        for index, trial in enumerate(plan.trials):
-            watcher.started(trial, index, len(plan.trials))
-            reused = trial not in todo
-            if not reused:
-                lab = lab or load_lab(plan, todo, runtime)
-                try:
-                    _run_one(trial, lab, store, runtime)
-                except EmptyValidSetError as error:
-                    if trial.control.kind == "none" or trial.audit not in empty:
-                        failures.append(str(error))
-                    empty.add(trial.audit)
-                    continue
-                n_run += 1
-            done.append(trial)
-            store.write_summary(summarize(plan, store, done, complete=False))
-            watcher.finished(trial, reused)
-        summary = summarize(plan, store, done, complete=len(done) == len(plan.trials))
-        store.write_summary(summary)
-    return RunReport(Path(out), summary, n_run, len(done) - n_run, tuple(failures))
+        done = {trial.id for trial in plan.trials if store.has(trial.id)}
+        n_reused = len(done)
+        empty: dict[str, EmptyValidSetError] = {}
+
+        def summary() -> dict[str, Any]:
+            stored = [trial for trial in plan.trials if trial.id in done]
+            complete = len(done) + len(empty) == len(plan.trials)
+            return summarize(plan, store, stored, complete and not _failures(plan, empty))
+
+        watcher.stored(len(done), len(plan.trials), None)
+        todo = [trial for trial in plan.trials if trial.id not in done]
+        for ended in execute(plan, todo, runtime):
+            if isinstance(ended.result, EmptyValidSetError):
+                empty[ended.trial.id] = ended.result
+            else:
+                _write(ended, store, runtime)
+                done.add(ended.trial.id)
+                store.write_summary(summary())
+            watcher.stored(len(done), len(plan.trials), ended.trial)
+        final = summary()
+        store.write_summary(final)
+    failures = _failures(plan, empty)
+    failed = {trial.audit for trial in plan.trials if trial.id in failures}
+    skipped = [
+        str(empty[trial.id])
+        for trial in plan.trials
+        if trial.id in empty and trial.audit not in failed
+    ]
+    messages = tuple(dict.fromkeys(map(str, failures.values())))
+    return RunReport(Path(out), final, len(done) - n_reused, n_reused, messages, tuple(skipped))
+
+
+def _failures(plan: Plan, empty: dict[str, EmptyValidSetError]) -> dict[str, EmptyValidSetError]:
+    """The audits themselves, not their controls, that had no prompt to search."""
+    audits = {trial.id for trial in plan.trials if trial.control.kind == "none"}
+    return {key: error for key, error in empty.items() if key in audits}
 
 
 def _check_device(device: str) -> None:
+    """Raise DeviceError unless `device` is the CPU or a CUDA device that is there."""
     try:
-        kind = torch.device(device).type
+        named = torch.device(device)
     except RuntimeError:
         raise DeviceError(f"{device!r} is no device; use cpu, cuda or cuda:0") from None
-    if kind == "cuda" and not torch.cuda.is_available():
+    if named.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {device!r} is not supported; use cpu, cuda or cuda:0")
+    if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
-            f"device {device!r} was asked for, and torch sees no CUDA device here; use --device "
-            "cpu, or install a CUDA build of torch"
+            f"device {device!r} was asked for, and torch sees {torch.cuda.device_count()} CUDA "
+            "devices here; use --device cpu, or install a CUDA build of torch"
         )
 
 
-def load_lab(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Lab:
-    """Load the subjects that these trials need, each once."""
-    needed = {}
-    for trial in trials:
-        for identity in (trial.subject, trial.twin):
-            if identity is not None:
-                needed[digest(identity.model_dump(mode="json"))] = identity
-    subjects = {
-        key: Subject.load(plan.specs[key], runtime.device, runtime.batch_size) for key in needed
-    }
-    n_parameters = max(subject.model.num_parameters() for subject in subjects.values())
-    if runtime.device == "cpu" and n_parameters < SMALL:
-        torch.set_num_threads(1)
-    return Lab(subjects)
-
-
-def _run_one(trial: Trial, lab: Lab, store: RunFolder, runtime: Runtime) -> None:
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    found = run_trial(trial, lab)
+def _write(done: Done, store: RunFolder, runtime: Runtime) -> None:
+    assert not isinstance(done.result, EmptyValidSetError)
+    trial, found = done.trial, done.result
     record = {
         "schema": SCHEMA,
         "id": trial.id,
         "trial": trial.canonical(),
         "result": found.result,
         "run": {
-            "started": started,
-            "seconds": round(time.perf_counter() - clock, 3),
+            "started": done.started,
+            "seconds": done.seconds,
             "device": runtime.device,
-            "threads": torch.get_num_threads(),
+            "threads": done.threads,
             "batch_plan": {"batch_size": runtime.batch_size},
             "versions": {name: version(name) for name in PACKAGES} | {
                 "python": platform.python_version()

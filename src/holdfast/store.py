@@ -56,11 +56,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     One writer at a time: the temporary file's name is fixed, so that crashes leave no litter.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"{path} cannot be written: {error}") from None
     _sync_folder(path.parent)
 
 
@@ -89,8 +93,13 @@ class RunFolder:
         path = Path(path)
         study_hash = digest(study)
         _refuse_foreign(path)  # before the lock file would be put into somebody's folder
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _take_lock(path)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be used as a run's folder: {error}. Give another one with --out."
+            ) from None
         try:
             if not (path / STUDY).exists():
                 name = study.get("name")

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from holdfast.behaviors import Behavior
+from holdfast.behaviors import BEHAVIORS, Behavior
 from holdfast.canonical import digest
 from holdfast.config import Config, nearest
 from holdfast.controls import Control
 from holdfast.controls.none import NoControl
-from holdfast.discovery import Discovery
+from holdfast.discovery import DISCOVERIES, Discovery
 from holdfast.errors import HoldfastError, StudyError
-from holdfast.interventions import Intervention
+from holdfast.interventions import INTERVENTIONS, Intervention
 from holdfast.recovery import RecoverySpec
 from holdfast.setting import Data
 from holdfast.subject import SubjectSpec
@@ -136,6 +136,8 @@ def _checked(data: dict[str, Any]) -> Study:
         return study
     except ValidationError as error:
         raise StudyError(_explain(error)) from None
+    except ValueError as error:  # from a registry, which names the kind
+        raise StudyError(f"the study cannot be used:\n  {error}") from None
 
 
 def _explain(error: ValidationError) -> str:
@@ -216,9 +218,9 @@ def _at_point(study: Study, audit: Audit, point: dict[str, Any]) -> dict[str, An
         "seed": fields["seed"],
         "data": Data.model_validate(fields["data"]),
         "recovery": RecoverySpec.model_validate(fields["recovery"]),
-        "behavior": fields["behavior"],
-        "discovery": fields["discovery"],
-        "intervention": fields["intervention"],
+        "behavior": BEHAVIORS.parse(fields["behavior"]),
+        "discovery": DISCOVERIES.parse(fields["discovery"]),
+        "intervention": INTERVENTIONS.parse(fields["intervention"]),
     }
 
 

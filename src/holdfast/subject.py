@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
 
 from holdfast.batch import Batch, Example, Frame
 from holdfast.canonical import sha256_tree
 from holdfast.config import Config, nearest
 from holdfast.edits import Edit, Perturbation
-from holdfast.errors import DeviceError, NonFiniteError, SAEError, SubjectError
+from holdfast.errors import NonFiniteError, SAEError, SubjectError
 from holdfast.families import Family, family_of
 from holdfast.hooks import AttachedEdits
 from holdfast.organism.assets import SHIPPED, resolve
@@ -97,27 +98,32 @@ class Subject:
 
     @classmethod
     def load(cls, spec: SubjectSpec, device: str = "cpu", batch_size: int = 128) -> Subject:
-        """Load model, tokenizer and SAEs. Raises SubjectError, SAEError or DeviceError."""
+        """Load model, tokenizer and SAEs. Raises SubjectError or SAEError."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # ours says what is going on
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise DeviceError(
-                f"device {device!r} was asked for and this machine has no usable CUDA device; "
-                "use --device cpu"
-            )
         folder = spec.folder()
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, spec.dtype),
                 attn_implementation=spec.attention,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            # What transformers raises for damaged files differs by file and version.
             raise SubjectError(f"model {spec.model!r} cannot be loaded: {error}") from None
+        # transformers fills what is missing with random weights and only logs it. Tied weights are
+        # not among the missing.
+        lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+        if lacking:
+            raise SubjectError(
+                f"model {spec.model!r}: its files lack {len(lacking)} weights of the architecture "
+                f"(first: {lacking[:3]}); they would be random numbers"
+            )
         from holdfast.organism.projected import attach_projection
 
         attach_projection(model, folder)
@@ -232,7 +238,9 @@ class Subject:
         self._check_positions(batch, edits)
         with AttachedEdits(self.family.blocks_of(self.model), edits) as attached:
             attached.frame = batch.frame()
-            return self._forward(batch, 1)[:, -1]
+            logits = self._forward(batch, 1)[:, -1]
+        self.check_finite(logits.detach(), batch.ids)
+        return logits
 
     def _forward(self, batch: Batch, keep: int) -> Tensor:
         return self.model(

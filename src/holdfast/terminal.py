@@ -29,7 +29,7 @@ def console() -> Console:
 
 @contextmanager
 def progress(plan: Plan) -> Iterator[Watcher]:
-    """A bar over the study's trials that names the one at work."""
+    """A bar over the study's trials that names the one stored last."""
     from holdfast.run import Watcher
 
     columns = (
@@ -41,18 +41,15 @@ def progress(plan: Plan) -> Iterator[Watcher]:
     with Progress(*columns, console=console(), transient=True) as bar:
         task = bar.add_task("loading", total=len(plan.trials))
 
-        def started(trial: Trial, index: int, total: int) -> None:
-            control = "" if trial.control.kind == "none" else f", {trial.control.kind}"
-            bar.update(
-                task,
-                description=f"{trial.audit}: {trial.recovery.constraint.kind}{control}",
-                completed=index,
+        def stored(n_stored: int, n_all: int, trial: Trial | None) -> None:
+            name = (
+                "loading" if trial is None else f"{trial.audit}: {trial.recovery.constraint.kind}"
             )
+            if trial is not None and trial.control.kind != "none":
+                name += f", {trial.control.kind}"
+            bar.update(task, description=name, completed=n_stored)
 
-        def finished(trial: Trial, reused: bool) -> None:
-            bar.advance(task)
-
-        yield Watcher(started, finished)
+        yield Watcher(stored)
 
 
 def results_table(summary: dict[str, Any]) -> None:
@@ -139,6 +136,11 @@ def kinds_table(descriptions: Sequence[Description]) -> None:
     for d in descriptions:
         table.add_row(d.family, d.kind, d.summary, "\n".join(d.fields))
     console().print(table)
+
+
+def note(lines: Sequence[str]) -> None:
+    for line in lines:
+        console().print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def say_where(path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.errors import StudyError
 from holdfast.organism import corpus
+from holdfast.organism.world import IOI_TEMPLATES
+
+N_TEMPLATES = len(IOI_TEMPLATES)
 
 
 class IOI(BehaviorKind):
@@ -24,11 +27,23 @@ class IOI(BehaviorKind):
     source: Literal["organism"] = "organism"
     templates: Literal["all"] | tuple[int, ...] = Field("all")
 
+    @field_validator("templates")
+    @classmethod
+    def _exist(
+        cls, templates: Literal["all"] | tuple[int, ...]
+    ) -> Literal["all"] | tuple[int, ...]:
+        outside = [t for t in templates if not 0 <= t < N_TEMPLATES] if templates != "all" else []
+        if outside or not templates:
+            raise ValueError(
+                f"templates are 'all' or indices from 0 to {N_TEMPLATES - 1}, got {templates}"
+            )
+        return templates
+
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         templates = None if self.templates == "all" else self.templates
         try:
             prompts = corpus.ioi_prompts(split, n, seed, templates)
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise StudyError(f"ioi: {error}") from None
         return [
             Example(

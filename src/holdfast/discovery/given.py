@@ -35,7 +35,7 @@ class Given(DiscoveryKind):
         path = resolve(str(data["file"]))
         try:
             listed = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"file {data['file']!r} is no readable JSON: {error}") from None
         return {key: value for key, value in data.items() if key != "file"} | {"features": listed}
 

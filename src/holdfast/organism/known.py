@@ -2,9 +2,10 @@
 
 Both read the residual of one site through an orthogonal projection, and their layers above were
 trained behind it. The *bottleneck* sees the span of the clamped features' encoder columns and
-nothing else, so what is orthogonal to them cannot matter: a clamp on these features holds, and a search
-that keeps them exactly still must find nothing. The *second route* sees as many further directions,
-which carry the behavior as well: there the clamp does not hold, and a search must find it.
+nothing else, so what is orthogonal to them cannot matter: a clamp on these features holds, and a
+search that keeps them exactly still must find nothing. The *second route* sees as many further
+directions, which carry the behavior as well: there the clamp does not hold, and a search must find
+it.
 """
 
 from __future__ import annotations

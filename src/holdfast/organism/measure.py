@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from holdfast.errors import SubjectError
 from holdfast.organism.corpus import (
     DOMAINS,
     LETTERS,
@@ -33,7 +34,7 @@ PROBE_LAYER = 1
 def load(path: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """A shipped or freshly trained model in fp32."""
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"no model at {path}: expected a folder with config.json")
+        raise SubjectError(f"no model at {path}: expected a folder with config.json")
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(path)

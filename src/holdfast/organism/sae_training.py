@@ -15,7 +15,7 @@ from holdfast.organism.corpus import Knowledge, documents
 
 LAYERS: tuple[int, ...] = (0, 1, 2)
 EXPANSION, K = 8, 8  # 16 is too wide for this model: features split
-TRAINING_TOKENS, CACHED_TOKENS, BATCH_TOKENS = 1_500_000, 300_000, 1_024
+TRAINING_TOKENS, CACHED_TOKENS, BATCH_TOKENS = 1_200_000, 300_000, 1_024
 LEARNING_RATE = 1e-3
 
 

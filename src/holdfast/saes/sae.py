@@ -51,6 +51,15 @@ class SAE:
                     "weights are kept in float32, since lower precision moves thresholds"
                 )
 
+        for name in ("W_enc", *expected):
+            if not torch.isfinite(getattr(self, name)).all():
+                raise SAEError(f"SAE {self.name or self.site}: {name} has NaN or infinite values")
+        if (self.threshold < 0).any():
+            raise SAEError(
+                f"SAE {self.name or self.site}: negative thresholds would give negative codes; a "
+                "BatchTopK SAE whose threshold was never set is saved with -1"
+            )
+
     @property
     def d_model(self) -> int:
         return self.W_enc.shape[0]

@@ -1,0 +1,122 @@
+"""Where trials run: on this machine, a few at a time where that is faster.
+
+Operations of a small model are too short to be shared between CPU threads, so such a study runs
+several trials side by side instead, each on one thread with subjects of its own (hooks are attached
+to a subject, so two trials must never share one). Numbers do not depend on it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from queue import SimpleQueue
+
+import torch
+
+from holdfast.canonical import digest
+from holdfast.errors import EmptyValidSetError
+from holdfast.study import Plan
+from holdfast.subject import Subject
+from holdfast.trial import Lab, Trial, TrialResult, run_trial
+
+SMALL = 20_000_000
+"""Parameters below which a model counts as small. Two threads within an operation gained nothing
+for the organism on two idle cores, and cost 18 times the seconds on busy ones (docs/log.md)."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how fast, never what.
+
+    workers: trials side by side, 0 for as many as there are cores if all subjects are small and on
+    the CPU, else one. command: what repeats the run, for the record.
+    """
+
+    device: str = "cpu"
+    batch_size: int = 512
+    workers: int = 0
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A trial that ended. result: what it found, or that no prompt was left to search."""
+
+    trial: Trial
+    result: TrialResult | EmptyValidSetError
+    started: str
+    seconds: float
+    threads: int
+
+
+def load_lab(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Lab:
+    """Load the subjects that these trials need, each once."""
+    needed = {}
+    for trial in trials:
+        for identity in (trial.subject, trial.twin):
+            if identity is not None:
+                needed[digest(identity.model_dump(mode="json"))] = identity
+    return Lab(
+        {key: Subject.load(plan.specs[key], runtime.device, runtime.batch_size) for key in needed}
+    )
+
+
+def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Iterator[Done]:
+    """Run the trials and yield each as it ends.
+
+    Any error but an empty valid set is raised here, after the trials at work have ended.
+    """
+    if not trials:
+        return
+    first = load_lab(plan, trials, runtime)
+    n_workers = min(runtime.workers or _side_by_side(first, runtime), len(trials))
+    if n_workers == 1:
+        for trial in trials:
+            yield _run(trial, first)
+        return
+    labs: SimpleQueue[Lab] = SimpleQueue()
+    labs.put(first)
+    for _ in range(n_workers - 1):
+        labs.put(load_lab(plan, trials, runtime))
+
+    def on_one_thread(trial: Trial) -> Done:
+        torch.set_num_threads(1)  # of the calling thread's operations
+        lab = labs.get()
+        try:
+            return _run(trial, lab)
+        finally:
+            labs.put(lab)
+
+    with ThreadPoolExecutor(n_workers) as pool:
+        pending: set[Future[Done]] = {pool.submit(on_one_thread, trial) for trial in trials}
+        try:
+            while pending:
+                ended, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    yield future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _side_by_side(lab: Lab, runtime: Runtime) -> int:
+    """How many trials to run at a time."""
+    n_parameters = max(subject.model.num_parameters() for subject in lab.subjects.values())
+    if runtime.device != "cpu" or n_parameters >= SMALL:
+        return 1
+    return min(os.cpu_count() or 1, 4)
+
+
+def _run(trial: Trial, lab: Lab) -> Done:
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    result: TrialResult | EmptyValidSetError
+    try:
+        result = run_trial(trial, lab)
+    except EmptyValidSetError as error:
+        result = error
+    seconds = round(time.perf_counter() - clock, 3)
+    return Done(trial, result, started, seconds, torch.get_num_threads())
