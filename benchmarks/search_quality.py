@@ -19,9 +19,9 @@ from torch import Tensor
 from benchmarks.harness import Bound, Cell, Options, Result, progress
 from holdfast.ascent import Ascent, Climb, ascend, into_ball, norms
 from holdfast.controls import Case
+from holdfast.executor import Runtime, load_lab
 from holdfast.problem import Problem, relative_violation
 from holdfast.recovery import Recovery, RecoverySpec, recover
-from holdfast.run import Runtime, load_lab
 from holdfast.study import bundled, parse, plan
 from holdfast.subspace import FeasibleSet
 from holdfast.trial import Lab, Trial, pose

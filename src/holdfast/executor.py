@@ -91,16 +91,22 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Iterator[D
         finally:
             labs.put(lab)
 
+    error: BaseException | None = None
     with ThreadPoolExecutor(n_workers) as pool:
         pending: set[Future[Done]] = {pool.submit(on_one_thread, trial) for trial in trials}
-        try:
-            while pending:
-                ended, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in ended:
+        while pending:
+            ended, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in ended:
+                if future.cancelled():
+                    continue
+                error = error or future.exception()
+                if future.exception() is None:
                     yield future.result()
-        finally:
-            for future in pending:
-                future.cancel()
+            if error is not None:  # begin nothing more, and lose nothing that is at work
+                for future in pending:
+                    future.cancel()
+    if error is not None:
+        raise error
 
 
 def _side_by_side(lab: Lab, runtime: Runtime) -> int:

@@ -30,7 +30,7 @@ from holdfast import (
     verify_recovery,
 )
 from holdfast.controls import Case
-from holdfast.run import load_lab
+from holdfast.executor import load_lab
 from holdfast.saes.bank import FeatureBank
 from tests.e2e.cli import Said, files_of, holdfast, small_study, write
 
@@ -196,7 +196,7 @@ def test_a_finished_run_is_printed_again_and_not_repeated(
     def refuse(*arguments: object) -> None:
         raise AssertionError("a finished run loads no model")
 
-    monkeypatch.setattr("holdfast.run.load_lab", refuse)
+    monkeypatch.setattr("holdfast.executor.load_lab", refuse)
     said = holdfast("run", study, "--out", folder)
     assert said.code == 0
     assert files_of(folder) == before
@@ -216,7 +216,7 @@ def test_the_report_command_needs_the_records_alone(
 ) -> None:
     before = files_of(folder)
     (folder / "report.html").unlink()
-    monkeypatch.setattr("holdfast.run.load_lab", lambda *a: pytest.fail("no model is needed"))
+    monkeypatch.setattr("holdfast.executor.load_lab", lambda *a: pytest.fail("no model is needed"))
     said = holdfast("report", folder)
     assert said.code == 0 and (folder / "report.html").is_file()
     assert files_of(folder) == before
