@@ -35,7 +35,9 @@ Sets = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="audit at most this many prompts")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:0")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="most rows in one pass")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="most rows in one pass or step")
+]
 
 
 Workers = Annotated[
@@ -78,9 +80,11 @@ def check(study: StudyArgument, set_: Sets = None, limit: Limit = None) -> None:
     """Look for mistakes before a run: model, SAEs, sites, splits, padding, cache."""
     from holdfast.preflight import preflight
     from holdfast.study import load, plan
-    from holdfast.terminal import findings_table
+    from holdfast.terminal import findings_table, working
 
-    findings = preflight(plan(load(study, set_ or (), limit)))
+    planned = plan(load(study, set_ or (), limit))
+    with working("checking"):
+        findings = preflight(planned)
     findings_table(findings)
     if any(not finding.passed for finding in findings):
         raise typer.Exit(1)
@@ -134,9 +138,10 @@ def organism_check(
 ) -> None:
     """Measure every behavior on held-out prompts and every SAE; fail below what is promised."""
     from holdfast.organism.check import check_organism
-    from holdfast.terminal import findings_table
+    from holdfast.terminal import findings_table, working
 
-    findings = check_organism(folder)
+    with working("measuring every behavior and every SAE"):
+        findings = check_organism(folder)
     findings_table(findings)
     if any(not finding.passed for finding in findings):
         raise typer.Exit(1)

@@ -73,10 +73,18 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Iterator[D
     if not trials:
         return
     first = load_lab(plan, trials, runtime)
-    n_workers = min(runtime.workers or _side_by_side(first, runtime), len(trials))
+    small = _is_small(first, runtime)
+    n_workers = min(runtime.workers or (min(os.cpu_count() or 1, 4) if small else 1), len(trials))
     if n_workers == 1:
-        for trial in trials:
-            yield _run(trial, first)
+        before = torch.get_num_threads()
+        # One thread for small subjects here too, so that the last trial of a resumed run computes
+        # what it would have computed beside others.
+        torch.set_num_threads(1 if small else before)
+        try:
+            for trial in trials:
+                yield _run(trial, first)
+        finally:
+            torch.set_num_threads(before)
         return
     labs: SimpleQueue[Lab] = SimpleQueue()
     labs.put(first)
@@ -94,27 +102,29 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Iterator[D
     error: BaseException | None = None
     with ThreadPoolExecutor(n_workers) as pool:
         pending: set[Future[Done]] = {pool.submit(on_one_thread, trial) for trial in trials}
-        while pending:
-            ended, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in ended:
-                if future.cancelled():
-                    continue
-                error = error or future.exception()
-                if future.exception() is None:
-                    yield future.result()
-            if error is not None:  # begin nothing more, and lose nothing that is at work
-                for future in pending:
-                    future.cancel()
+        try:
+            while pending:
+                ended, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    if future.cancelled():
+                        continue
+                    error = error or future.exception()
+                    if future.exception() is None:
+                        yield future.result()
+                if error is not None:  # begin nothing more, and lose nothing that is at work
+                    for future in pending:
+                        future.cancel()
+        finally:  # also where the caller stops listening: nobody would store the rest
+            for future in pending:
+                future.cancel()
     if error is not None:
         raise error
 
 
-def _side_by_side(lab: Lab, runtime: Runtime) -> int:
-    """How many trials to run at a time."""
+def _is_small(lab: Lab, runtime: Runtime) -> bool:
+    """Whether every subject is small and on the CPU."""
     n_parameters = max(subject.model.num_parameters() for subject in lab.subjects.values())
-    if runtime.device != "cpu" or n_parameters >= SMALL:
-        return 1
-    return min(os.cpu_count() or 1, 4)
+    return runtime.device == "cpu" and n_parameters < SMALL
 
 
 def _run(trial: Trial, lab: Lab) -> Done:

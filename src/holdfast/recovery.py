@@ -8,7 +8,6 @@ checks of `_try_harder`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil, log2
 from typing import Any, Literal
 
 import torch
@@ -25,14 +24,17 @@ from holdfast.subspace import FeasibleSet
 
 Outcome = Literal["recovered", "not_recovered", "undecided", "infeasible", "diverged"]
 
+MAX_ROUNDS = 40
+"""Most bisection rounds; a norm of 1e-9 of the first success would still be found to tolerance."""
+
 BACK = 0.01
 """Share of the goal from which a margin counts as positive beyond rounding."""
 
 SENTENCES: dict[Outcome, str] = {
     "recovered": "the behavior came back inside the constraint and the budget",
     "not_recovered": (
-        "nothing found over 3 learning rates x 3 seeds and a warm start from the looser "
-        "constraint, and doubling the steps changed nothing"
+        "nothing found over 3 learning rates x 3 seeds, nor warm from the looser constraint where "
+        "there is one, and doubling the steps changed nothing"
     ),
     "undecided": "nothing found, but longer searches were still finding more when they stopped",
     "infeasible": "the held features leave no direction to search in",
@@ -195,7 +197,7 @@ def _first_attempt(
     # The behavior is back where the margin is positive, even if the goal is out of reach.
     back = first.reached | (first.margin > 0)
     for row, ok, bad in zip(rows.tolist(), back, first.diverged, strict=True):
-        found.outcomes[row] = "diverged" if bad else "recovered" if ok else "undecided"
+        found.outcomes[row] = "recovered" if ok else "diverged" if bad else "undecided"
 
 
 def _try_harder(
@@ -230,7 +232,8 @@ def _try_harder(
                 found.steps[row] = result.reached_at[pick]
             else:
                 pick = own[result.margin[own].argmax()]
-                found.outcomes[row] = "not_recovered" if settled else "undecided"
+                nothing: Outcome = "not_recovered" if settled else "undecided"
+                found.outcomes[row] = "diverged" if result.diverged[own].any() else nothing
                 found.steps[row] = 2 * attempt
             found.keep(climb.rows[own[:1]], result.delta[pick, None], result.margin[pick, None])
         rows = rows[~torch.isin(rows, late)]
@@ -257,8 +260,10 @@ def _starts(
 
     for index in range(3):
         names = [f"{seed}/{index}/{problem.batch.ids[row]}" for row in rows.tolist()]
-        noise = torch.stack([_noise(name, p, d) for name in names]).to(device)
-        point = sets.retract(noise * problem.perturbed[rows][..., None])
+        noise = torch.zeros(len(rows), p, d, device=device)
+        for lane, (name, own) in enumerate(zip(names, problem.perturbed[rows], strict=True)):
+            noise[lane, own] = _noise(name, int(own.sum()), d).to(device)
+        point = sets.retract(sets.tangent(noise))
         point = point / norms(point).clamp_min(1e-30) * (0.5 * radius)[:, None, None]
         for factor in (1 / 3, 1.0, 3.0):
             add(point, factor * spec.lr)
@@ -270,7 +275,7 @@ def _starts(
             problem, looser.feasible(problem), Climb(rows, zero, goal, radius, rate), spec.steps,
             looser.stepper,
         )  # fmt: skip
-        add(into_ball(sets.retract(loose.delta), radius), spec.lr)
+        add(into_ball(sets.retract(sets.tangent(loose.delta)), radius), spec.lr)
     return Climb.join(lanes)
 
 
@@ -289,7 +294,7 @@ def _shrink(
     """
     high = norms(found.delta[rows]).flatten()
     low = torch.zeros_like(high)
-    for _ in range(ceil(log2(1 / spec.tolerance)) + 1):
+    for _ in range(MAX_ROUNDS):
         todo = ((high - low) > spec.tolerance * high).nonzero().flatten()
         if not len(todo):
             break

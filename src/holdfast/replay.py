@@ -153,10 +153,12 @@ class Replay:
         )
 
     def residual(self) -> Tensor:
-        """[n p d_model] float32: the residual at the perturbed positions, without perturbation."""
-        rows = torch.arange(len(self), device=self.base.device)[:, None]
+        """[n p d_model] float32: the suppressed residual, every edit on, at the perturbed positions
+        without perturbation."""
+        x = apply_edits(self.after, self.site, self.base, self.frame)
+        rows = torch.arange(len(self), device=x.device)[:, None]
         found = (self.columns >= 0)[..., None]
-        return torch.where(found, self.base[rows, self.columns.clamp(min=0)].float(), 0.0)
+        return torch.where(found, x[rows, self.columns.clamp(min=0)].float(), 0.0)
 
     def logits(self, delta: Tensor) -> Tensor:
         """Logits [n vocab] at the last prompt token with `delta` [n p d_model] added; float32."""

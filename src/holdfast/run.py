@@ -65,6 +65,8 @@ def run_study(
     _check_device(runtime.device)
     with RunFolder.open(out, plan.study.canonical(), text) as store:
         done = {trial.id for trial in plan.trials if store.has(trial.id)}
+        for trial_id in done:  # a damaged record is found before anything is searched
+            store.load(trial_id)
         n_reused = len(done)
         empty: dict[str, EmptyValidSetError] = {}
 
@@ -169,5 +171,6 @@ def open_run(folder: Path) -> tuple[RunFolder, Plan, bool]:
         raise StudyError(f"{folder}: written by another version of holdfast: {error}") from None
     summary = store.summary() or {"complete": False, "trials": []}
     order = {row["id"]: index for index, row in enumerate(summary["trials"])}
-    trials.sort(key=lambda trial: (order.get(trial.id, len(order)), trial.id))
+    # Records of subjects that have changed since may lie beside them; the summary names the run's.
+    trials = sorted((t for t in trials if t.id in order), key=lambda trial: order[trial.id])
     return store, Plan(study, tuple(trials), {}), bool(summary["complete"])

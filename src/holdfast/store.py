@@ -173,6 +173,7 @@ class RunFolder:
         artifacts = {PERTURBATION: _tensor_bytes(tensors), EXAMPLES: _example_bytes(examples)}
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in artifacts.items()}
         whole = json_safe({**record, "artifacts": hashes})
+        whole["run"] = {**whole["run"], "result_sha256": digest(whole["result"])}
         wrong = _wrong_with(whole, record["id"])
         if wrong:
             raise StoreError(f"the record of trial {record['id']} cannot be written: {wrong}")
@@ -341,6 +342,10 @@ def _wrong_with(record: Any, expected_id: str) -> str | None:
         EXAMPLES,
     }:
         return f"expected artifacts {EXAMPLES} and {PERTURBATION}, got {record['artifacts']!r}"
+    if not isinstance(record["run"], dict):
+        return f"its run is a {type(record['run']).__name__}, expected a table"
+    if record["run"].get("result_sha256") != digest(record["result"]):
+        return "its result does not match the hash it was written with: it was changed"
     return None
 
 

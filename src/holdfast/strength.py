@@ -36,6 +36,7 @@ def choose_strength(
         kept = [
             float((b.margin(subject.outputs(b, edits)[:, -1]) > 0)[before[n]].float().mean())
             for n, b in neighbors.items()
+            if before[n].any()  # one that is never right has nothing to lose
         ]
         spared = min(kept, default=1.0)
         score = (min(spared, MIN_NEIGHBOR_ACCURACY), float(flipped.float().mean()))

@@ -118,7 +118,7 @@ def parse(text: str, sets: Sequence[str] = (), limit: int | None = None) -> Stud
         if limit < 1:
             raise StudyError(f"--limit takes 1 or more, got {limit}")
         for table in (data.setdefault("data", {}), *_audit_data(data)):
-            table["test"] = min(limit, table.get("test", limit))
+            table["test"] = min(limit, table.get("test", Data().test))
     return _checked(data)
 
 
@@ -185,6 +185,13 @@ def _put(data: Any, path: str, value: Any) -> None:
             here = here[key]
 
 
+def _get(data: Any, path: str) -> Any:
+    """The value at a dotted path, None where there is none."""
+    for part in path.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
 def _points(grid: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
@@ -209,7 +216,7 @@ def _at_point(study: Study, audit: Audit, point: dict[str, Any]) -> dict[str, An
                 f"grid: {path!r} cannot vary; a path begins with one of them: "
                 f"{nearest(root, _GRID_ROOTS)}"
             )
-        if path.endswith(".kind"):
+        if path.endswith(".kind") and _get(fields, path) != value:
             # Another kind has other fields: those of the kind it replaces would be unknown to it.
             _put(fields, path.removesuffix(".kind"), {"kind": value})
         else:

@@ -86,7 +86,8 @@ class SubjectSpec(Config):
 class Subject:
     """A model with its tokenizer and SAEs on one device.
 
-    batch_size: most rows in one forward pass; it changes memory and speed, not results.
+    batch_size: most rows in one full forward pass and most lanes in one step of a search; it
+    changes memory and speed, not results. A replay keeps what it recorded of all its rows.
     """
 
     name: str

@@ -26,6 +26,31 @@ def summarize(
     }
 
 
+def _point(plan: Plan, trial: Trial) -> dict[str, Any]:
+    """Where on the study's grid the trial lies: dotted path → value."""
+    point = {}
+    for path in plan.study.grid:
+        value: Any = trial.canonical()
+        for part in path.split("."):
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        point[path] = value
+    return point
+
+
+def headline_constraint(constraints: Sequence[str]) -> str:
+    """The constraint a verdict is read from: the exact one if it was run, else the last."""
+    return "encoder_null" if "encoder_null" in constraints else constraints[-1]
+
+
+def headline(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the audits themselves that a reader should read first."""
+    audits = [row for row in rows if row["control"] == "none"]
+    if not audits:
+        return []
+    wanted = headline_constraint([row["constraint"] for row in audits])
+    return [row for row in audits if row["constraint"] == wanted]
+
+
 def siblings(trial: Trial, done: Sequence[Trial]) -> dict[str, Trial]:
     """The controls of an audit at the same grid point, by kind."""
     blank = {"control": None, "twin": None}
@@ -62,6 +87,7 @@ def row(plan: Plan, store: RunFolder, trial: Trial, done: Sequence[Trial]) -> di
         "audit": trial.audit,
         "behavior": trial.behavior.kind,
         "constraint": trial.recovery.constraint.kind,
+        "point": _point(plan, trial),
         "order": trial.recovery.order,
         "control": trial.control.kind,
         "n_tried": stages["tried"],

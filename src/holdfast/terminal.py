@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from holdfast.summary import headline
 
 if TYPE_CHECKING:
     from holdfast.finding import Finding
@@ -52,61 +55,80 @@ def progress(plan: Plan) -> Iterator[Watcher]:
         yield Watcher(stored)
 
 
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Something that takes a while and has no steps to count."""
+    with console().status(what):
+        yield
+
+
 def results_table(summary: dict[str, Any]) -> None:
-    """One row an audit and constraint, the audit's own norms beside the wrong target's."""
-    table = Table(title=f"{summary['study']}: does the clamp hold?", title_justify="left")
+    """One row an audit and grid point, the right answer's norm beside the wrong target's."""
+    out = console()
+    wide = out.width >= 120  # room for intervals
+    table = Table(
+        title=f"{summary['study']}: does the clamp hold?", title_justify="left", box=SIMPLE_HEAD
+    )
     for name in ("audit", "constraint", "verdict"):
-        table.add_column(name)
-    for name in (
-        "valid / tried", "recovered", "smallest norm [95%]", "wrong target", "drift, max",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("recovered", "right answer", "wrong target", "drift, max"):
+        table.add_column(name, justify="right", no_wrap=wide)
     rows = summary["trials"]
-    norms = {(r["audit"], r["constraint"], r["order"], r["control"]): r for r in rows}
-    previous = None
+    by_point = {(r["audit"], _at(r), r["control"]): r for r in rows}
+    previous = ""
     for row in rows:
         if row["control"] != "none":
             continue
-        if previous not in (None, row["audit"]):
+        if previous not in ("", row["audit"]):
             table.add_section()
-        previous = row["audit"]
-        wrong = norms.get((row["audit"], row["constraint"], row["order"], "wrong_target"))
+        wrong = by_point.get((row["audit"], _at(row), "wrong_target"))
         style = _STYLE[row["verdict"]]
         table.add_row(
-            row["audit"],
-            row["constraint"],
+            row["audit"] if row["audit"] != previous else "",
+            _at(row),
             f"[{style}]{row['verdict']}[/]",
-            f"{row['n_valid']} / {row['n_tried']}",
-            _share(row),
-            _norm(row),
-            _norm(wrong) if wrong else "",
+            _recovered(row, wide),
+            _norm(row, wide),
+            _norm(wrong, wide) if wrong else "not tried",
             f"{row['preactivation_drift_max']:.1e}",
         )
-    out = console()
+        previous = row["audit"]
     out.print(table)
-    for row in rows:
-        if row["control"] == "none":
-            out.print(
-                f"{row['audit']}, {row['constraint']}: {row['sentence']}", style="dim", markup=False
-            )
+    for row in headline(rows):
+        out.print(
+            f"{row['audit']}: {row['verdict']}. {row['sentence'].capitalize()}.", markup=False
+        )
     out.print(
-        "smallest norm: median over prompts of the smallest perturbation that reaches the goal, "
-        "relative to the residual it is added to, never reached counting as infinite; drift: how "
-        "far a clamped feature's pre-activation moved, relative to encoder norm x residual norm.",
+        "\nright answer, wrong target: median smallest norm that reaches the goal, relative to the "
+        "residual; a goal never reached counts as infinite. drift: how far a clamped feature's "
+        "pre-activation moved, relative to encoder norm x residual norm; 1e-8 is rounding.",
         style="dim",
     )
 
 
-def _share(row: dict[str, Any]) -> str:
-    if row["recovery_rate"] is None:
-        return "-"
+def _at(row: dict[str, Any]) -> str:
+    """The row's constraint, with its other coordinates on the grid."""
+    others = [
+        f"{path.split('.')[-1]}={value}"
+        for path, value in row["point"].items()
+        if path != "recovery.constraint.kind"
+    ]
+    return ", ".join([row["constraint"], *others])
+
+
+def _recovered(row: dict[str, Any], wide: bool) -> str:
+    count = f"{row['n_recovered']}/{row['n_valid']}"
+    if not wide or row["recovery_rate"] is None:
+        return count
     low, high = row["ci_low"] or 0.0, 1.0 if row["ci_high"] is None else row["ci_high"]
-    return f"{row['recovery_rate']:.0%} [{low:.0%}, {high:.0%}]"
+    return f"{count} [{low:.0%}, {high:.0%}]"
 
 
-def _norm(row: dict[str, Any]) -> str:
+def _norm(row: dict[str, Any], wide: bool) -> str:
     if row["norm_relative_median"] is None:
         return "not reached"
+    if not wide:
+        return f"{row['norm_relative_median']:.3f}"
 
     def bound(value: float | None) -> str:
         return "∞" if value is None else f"{value:.3f}"

@@ -133,7 +133,9 @@ def run_trial(trial: Trial, lab: Lab) -> TrialResult:
         trial.recovery.order == "clamp_then_perturbation",
     )
     return TrialResult(
-        result=_result(setting, case, problem, recovery, checks),
+        result=_result(
+            setting, case, problem, recovery, checks, trial.recovery.constraint.holds_exactly
+        ),
         tensors={
             "positions": perturbation.positions,
             **{str(site): delta for site, delta in perturbation.deltas.items()},
@@ -234,7 +236,12 @@ def _dropped(setting: Setting, case: Case) -> dict[str, str]:
 
 
 def _result(
-    setting: Setting, case: Case, problem: Problem, recovery: Recovery, checks: Checks
+    setting: Setting,
+    case: Case,
+    problem: Problem,
+    recovery: Recovery,
+    checks: Checks,
+    exact: bool,
 ) -> dict[str, Any]:
     clusters = case.batch.clusters
     recovered = checks.margin > 0
@@ -283,6 +290,7 @@ def _result(
             "gate_flips": int(checks.gate_flips.sum()),
             "norm_relative_max": float(checks.norm_relative.max()),
             "budget_relative": float((problem.radius / problem.reference_norm).max()),
+            "exact": exact,
             "null_dimension": int(recovery.null_dimension.min()),
             "replay_error": float((checks.margin - recovery.margin.double()).abs().max()),
         },

@@ -16,6 +16,9 @@ Verdict = Literal["held", "breached", "forcible", "undecided"]
 DECIDES = "wrong_target"
 """The control a verdict rests on: the same model, prompts and clamp, another answer."""
 
+MAX_EXACT_DRIFT = 1e-5
+"""Largest drift under an exact constraint that counts as rounding in float32 (measured: 3e-8)."""
+
 CAVEAT = "ignorant"
 """A control in another model, whose costs are not strictly comparable: it qualifies a verdict."""
 
@@ -83,6 +86,8 @@ def separation(rule: VerdictRule, control: str, audit: Rows, other: Rows) -> Sep
             dearer=False, separated=False,
             sentence=f"{control.replace('_', ' ')}: no goal was reached, with it or without",
         )  # fmt: skip
+    a, b = a[reached], b[reached]
+    clusters = [cluster for cluster, ok in zip(clusters, reached, strict=True) if ok]
     ratio = paired_ratio(a, b, clusters, level=rule.level)
     dearer = share_greater(a, b, clusters, level=rule.level)
     separated = ratio.estimate >= rule.min_ratio and ratio.low > 1
@@ -115,6 +120,16 @@ def judge(
     counts = record["result"]["outcome"]["counts"]
     stages = record["result"]["funnel"]["stages"]
     n, n_recovered = stages["valid"], stages["recovered"]
+    drift = record["result"]["checks"]["preactivation_drift_max"]
+    if record["result"]["checks"].get("exact") and drift is not None and drift > MAX_EXACT_DRIFT:
+        return Judgement(
+            verdict="undecided",
+            sentence=(
+                f"the constraint is exact, yet a held feature moved by {drift:.1e} (rounding in a "
+                "lower precision?), so neither a recovery nor its absence is the constraint's"
+            ),
+            separations=tuple(separations),
+        )
     wrong = next((s for s in separations if s.control == DECIDES), None)
     if n_recovered == 0:
         if counts["not_recovered"] == n:
@@ -163,10 +178,14 @@ def judge(
 
 
 def _norms(rows: Rows) -> dict[str, float]:
-    """Example id → smallest norm, +inf where the search was made and never reached the goal."""
+    """Example id → smallest norm, +inf where the search was made and never reached the goal.
+
+    That is no proof of absence: it says that the same search, with the same effort on both sides,
+    did not get there. Rows that could not be searched (diverged, infeasible) are left out.
+    """
     out = {}
     for row in rows:
-        if row["outcome"]:
+        if row["outcome"] and row["outcome"] not in ("diverged", "infeasible"):
             norm = row["smallest_norm_relative"]
             out[str(row["id"])] = float("inf") if norm is None or np.isnan(norm) else float(norm)
     return out

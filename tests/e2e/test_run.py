@@ -113,7 +113,8 @@ def test_the_table_shows_every_verdict(finished: tuple[Path, Said]) -> None:
     folder, said = finished
     for row in summary_of(folder)["trials"]:
         if row["control"] == "none":
-            assert re.search(rf"{row['audit']}.*{row['constraint']}.*{row['verdict']}", said.out)
+            assert row["audit"] in said.out
+            assert re.search(rf"{row['constraint']} +{row['verdict']} ", said.out)
 
 
 def test_the_summary_has_every_key_and_agrees_with_the_records(
@@ -222,6 +223,7 @@ def test_the_report_command_needs_the_records_alone(
     assert files_of(folder) == before
 
 
+@pytest.mark.slow
 def test_another_batch_size_gives_the_same_answers(
     finished: tuple[Path, Said], study: Path, tmp_path: Path
 ) -> None:

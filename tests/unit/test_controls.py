@@ -261,3 +261,14 @@ def test_a_trial_without_a_valid_prompt_shows_the_funnel(
     with pytest.raises(EmptyValidSetError, match=r"tried 24, clean 24, suppressed 0") as error:
         run_trial(trial, Lab({}))
     assert error.value.funnel["valid"] == 0
+
+
+def test_right_and_wrong_target_have_the_same_task() -> None:
+    """As many rivals each, or the one with fewer is cheaper for that reason alone."""
+    from holdfast.behaviors.ioi import IOI
+    from holdfast.behaviors.mcq import MultipleChoice
+
+    for behavior in (IOI(), MultipleChoice()):
+        for example in behavior.examples("test", 20, seed=0):
+            everything = {example.target, *example.rivals, *example.alternatives}
+            assert len(everything) - 1 == len(example.rivals), example

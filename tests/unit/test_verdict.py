@@ -46,7 +46,12 @@ def record(n_recovered: int | None = None, **counts: int) -> dict[str, Any]:
     n = sum(every.values())
     recovered = every["recovered"] if n_recovered is None else n_recovered
     stages = {"tried": n, "clean": n, "suppressed": n, "valid": n, "recovered": recovered}
-    return {"result": {"outcome": {"counts": every}, "funnel": {"stages": stages}}}
+    checks = {"preactivation_drift_max": 3e-8, "exact": True}
+    return {
+        "result": {
+            "outcome": {"counts": every}, "funnel": {"stages": stages}, "checks": checks,
+        }
+    }  # fmt: skip
 
 
 def compared(
@@ -176,6 +181,24 @@ def test_a_twin_that_can_be_forced_as_cheaply_qualifies_a_breach() -> None:
     assert "never knew the answer" in judged.sentence
     dearer = compared(NORMS, scaled(3), control="ignorant")
     assert "never knew" not in verdict(dear, dearer, recovered=40).sentence
+
+
+def test_an_exact_constraint_under_which_features_moved_decides_nothing() -> None:
+    """In bfloat16, say: the recovery may have gone through the features that were to be held."""
+    found = record(recovered=40)
+    found["result"]["checks"]["preactivation_drift_max"] = 1e-3
+    judged = judge(RULE, found, (compared(NORMS, scaled(3)),))
+    assert judged.verdict == "undecided" and "moved by 1.0e-03" in judged.sentence
+    found["result"]["checks"]["exact"] = False  # a leaky one is expected to
+    assert judge(RULE, found, (compared(NORMS, scaled(3)),)).verdict == "breached"
+
+
+def test_rows_that_could_not_be_searched_are_not_dear() -> None:
+    """Diverged is no price."""
+    audit, other = rows(NORMS), rows([math.nan] * 40)
+    for row in other[:39]:
+        row["outcome"] = "diverged"
+    assert separation(RULE, "wrong_target", audit, other).n_pairs == 1
 
 
 def test_few_prompts_do_not_separate() -> None:

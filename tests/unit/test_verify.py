@@ -9,6 +9,7 @@ import torch
 
 from holdfast.batch import Batch
 from holdfast.edits import FeatureEdit, Perturbation
+from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -108,3 +109,14 @@ def test_the_order_of_rows_does_not_matter(
     some = Perturbation(part.ids, perturbation.positions[rows], {SITE: delta[rows]})
     again = verify(subject, part, (clamp,), some, bank, {"*": 1.0}, True)
     torch.testing.assert_close(again.margin, whole.margin[rows], atol=1e-5, rtol=1e-5)
+
+
+def test_the_budget_is_relative_to_the_suppressed_residual_in_both_orders(
+    subject: Subject, batch: Batch, clamp: FeatureEdit
+) -> None:
+    strong = replace(clamp, mode="set", value=6.0)
+    positions = batch.prompt_length[:, None] - 1
+    first = Replay.record(subject, batch, SITE, positions, before=(strong,)).residual()
+    last = Replay.record(subject, batch, SITE, positions, after=(strong,)).residual()
+    torch.testing.assert_close(first, last)
+    assert not torch.allclose(first, Replay.record(subject, batch, SITE, positions).residual())

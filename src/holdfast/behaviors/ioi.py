@@ -16,7 +16,11 @@ N_TEMPLATES = len(IOI_TEMPLATES)
 
 
 class IOI(BehaviorKind):
-    """logit(IO) > logit(S) at the last prompt token (METHODS K).
+    """logit(IO) > logit(S) at the last prompt token (METHODS K), and above a third name's.
+
+    The third name is the wrong target of the control. With it among the rivals the right answer and
+    the forced one each have to beat two names; with S alone forcing would be the harder task, and
+    its norm larger for that reason.
 
     source: whose names and templates; `organism` is the invented language's. templates: indices,
     or all of them, ABBA and BABA alike. Prompts are grouped by indirect object, so that features
@@ -50,7 +54,7 @@ class IOI(BehaviorKind):
                 id=prompt.id,
                 text=prompt.text,
                 target=prompt.io,
-                rivals=(prompt.s,),
+                rivals=(prompt.s, prompt.third),
                 alternatives=(prompt.third,),
                 cluster="|".join(sorted((prompt.io, prompt.s))),
                 group=prompt.io,

@@ -15,9 +15,10 @@ from holdfast.organism import corpus
 class MultipleChoice(BehaviorKind):
     """The right letter beats the three others at the last prompt token (METHODS J).
 
-    source: whose questions; `organism` is the invented language's. permutations: orders of the
-    choices asked per question; a question is one cluster. The other domains are the neighbors
-    whose accuracy the intervention should leave alone.
+    source: whose questions; `organism` is the invented language's, which keeps 12 of the 24 orders
+    of every question out of training. permutations: at most so many orders are asked per question;
+    a question is one cluster. The other domains are the neighbors whose accuracy the intervention
+    should leave alone.
     """
 
     kind: Literal["mcq"] = "mcq"
@@ -40,16 +41,15 @@ class MultipleChoice(BehaviorKind):
         return {domain: self._ask(domain, split, n) for domain in others}
 
     def _ask(self, domain: str, split: Split, n: int) -> list[Example]:
-        # Permutation by permutation, so that a cut keeps as many questions as it can.
-        asked = [
-            (question, permutation)
+        by_question = [
+            [(question, order) for order in corpus.held_out_permutations(question)]
             for question in corpus.questions(domain, split)
-            for permutation in corpus.held_out_permutations(question)[: self.permutations]
         ]
-        order = sorted(range(len(asked)), key=lambda i: (i % min(self.permutations, 12), i))
+        # One order of every question, then the next, so that a cut keeps as many questions as it
+        # can.
+        rounds = list(zip(*by_question, strict=True))[: self.permutations]
         examples = []
-        for i in order[:n]:
-            question, permutation = asked[i]
+        for question, permutation in [asked for one in rounds for asked in one][:n]:
             gold = corpus.LETTERS[permutation.index(question.answer)]
             others = tuple(letter for letter in corpus.LETTERS if letter != gold)
             examples.append(

@@ -31,6 +31,11 @@ class ConstraintKind(Kind):
         raise NotImplementedError
 
     @property
+    def holds_exactly(self) -> bool:
+        """Whether the held features must come out unmoved: exact, and not without a constraint."""
+        return self.exact and self.looser is not None
+
+    @property
     def looser(self) -> ConstraintKind | None:
         """A constraint that contains this one, to start warm from where this one fails."""
         from holdfast.constraints.unconstrained import Unconstrained

@@ -118,7 +118,7 @@ class Attribution(DiscoveryKind):
         """[b n_features] attribution of every feature on every prompt, in logits."""
         sae = subject.sae(site)
         out = []
-        for chunk in batch.chunks(_CHUNK):
+        for chunk in batch.chunks(min(_CHUNK, subject.batch_size)):
             leaf = Leaf(site)
             margin = chunk.margin(subject.forward_with_gradients(chunk, (leaf,)))
             x = leaf.seen[0]

@@ -10,11 +10,8 @@ from typing import Any
 from holdfast.report.wording import arm_name
 from holdfast.store import RunFolder
 from holdfast.study import Audit, Plan
-from holdfast.summary import siblings, summarize
+from holdfast.summary import headline_constraint, siblings, summarize
 from holdfast.trial import Trial
-
-HEADLINE = "encoder_null"
-"""The exact constraint: its verdict is the one that counts."""
 
 FREE = "unconstrained"
 """The constraint that holds nothing: recovery under it says nothing about the clamp."""
@@ -193,8 +190,7 @@ def _audit(
         for trial in done
         if trial.audit == name and trial.control.kind == "none"
     )
-    last = points[-1].constraint
-    wanted = HEADLINE if any(p.constraint == HEADLINE for p in points) else last
+    wanted = headline_constraint([point.constraint for point in points])
     return AuditData(
         name=name,
         known_answer=audit.known_answer if audit else None,
