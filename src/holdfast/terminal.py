@@ -100,7 +100,8 @@ def results_table(summary: dict[str, Any]) -> None:
         )
     out.print(
         "\nright answer, wrong target: median smallest norm that reaches the goal, relative to the "
-        "residual; a goal never reached counts as infinite. drift: how far a clamped feature's "
+        "residual; a goal never reached counts as infinite, so that half of the prompts may not "
+        "reach it. drift: how far a clamped feature's "
         "pre-activation moved, relative to encoder norm x residual norm; 1e-8 is rounding.",
         style="dim",
     )
@@ -126,7 +127,7 @@ def _recovered(row: dict[str, Any], wide: bool) -> str:
 
 def _norm(row: dict[str, Any], wide: bool) -> str:
     if row["norm_relative_median"] is None:
-        return "not reached"
+        return "not by half"
     if not wide:
         return f"{row['norm_relative_median']:.3f}"
 

@@ -40,7 +40,8 @@ def norm(value: float | None) -> str:
 
 
 def norm_range(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"[{norm(low)}, {norm(high)}]"
+    """An interval of norms; without an upper end where it reaches goals never reached."""
+    return "" if low is None else f"[{norm(low)}, {'∞' if high is None else norm(high)}]"
 
 
 def power(value: float | None) -> str:
