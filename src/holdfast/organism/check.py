@@ -47,7 +47,9 @@ def check_organism(folder: Path | None = None) -> list[Finding]:
     root = folder or ASSETS
     findings = list(_behaviors(root))
     organism = _load(root / "organism", LAYERS)
-    findings += [_sae(organism, Site(layer + 1)) for layer in LAYERS]
+    twin = _load(root / "ignorant", LAYERS)
+    for name, subject in (("organism", organism), ("twin", twin)):
+        findings += [_sae(name, subject, Site(layer + 1)) for layer in LAYERS]
     findings += _demo_audits(root)
     findings.append(_valid("refusal", *_refusal(organism)))
     findings.append(_valid("biographies", *_professions(organism)))
@@ -100,7 +102,7 @@ def _behaviors(root: Path) -> Iterator[Finding]:
             yield at_least(name, accuracy, AT_LEAST["mcq"])
 
 
-def _sae(subject: Subject, site: Site) -> Finding:
+def _sae(name: str, subject: Subject, site: Site) -> Finding:
     texts = [b.text for b in biographies("test", 100)]
     batch = subject.batch([_unasked(f"text:{i}", text) for i, text in enumerate(texts)])
     x = _residuals(subject, batch, site)
@@ -109,7 +111,7 @@ def _sae(subject: Subject, site: Site) -> Finding:
     explained = 1 - float((x - sae.decode(z)).square().sum() / (x - x.mean(0)).square().sum())
     l0 = float((z > 0).float().sum(-1).mean())
     return Finding(
-        check=f"organism: SAE at {site}",
+        check=f"{name}: SAE at {site}",
         passed=explained >= MIN_EXPLAINED and 1 <= l0 <= 32,
         expected=f"explains at least {MIN_EXPLAINED:g} with 1 to 32 active features",
         measured=f"{explained:.3f} with {l0:.1f}",
