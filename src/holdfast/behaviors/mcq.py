@@ -18,7 +18,8 @@ class MultipleChoice(BehaviorKind):
     source: whose questions; `organism` is the invented language's, which keeps 12 of the 24 orders
     of every question out of training. permutations: at most so many orders are asked per question;
     a question is one cluster. The other domains are the neighbors whose accuracy the intervention
-    should leave alone.
+    should leave alone. The questions of a split are a fixed list, cut from the front: the seed does
+    not redraw them.
     """
 
     kind: Literal["mcq"] = "mcq"
