@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.errors import EditNeverFiredError, PositionError
-from holdfast.positions import Where, selected
+from holdfast.positions import Where, check_listed, selected
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
@@ -86,6 +86,10 @@ class FeatureEdit:
 
     def selects(self, site: Site, frame: Frame) -> Tensor:
         return selected(self.where, self.include_bos, frame)
+
+    def check_inside(self, batch: Batch, n_generated: int = 0) -> None:
+        """Raise PositionError if a listed position is outside a prompt and what is generated."""
+        check_listed(self.where, batch.prompt_length + n_generated)
 
     def assigned(self, z: Tensor) -> Tensor:
         """The value each feature is given, from its present value z [b s k] (METHODS A.3)."""

@@ -13,10 +13,28 @@ from pydantic import Field
 from torch import Tensor
 
 from holdfast.batch import Frame
+from holdfast.errors import PositionError
 
 Where = (
     Literal["all", "prompt", "generated", "last_prompt"] | tuple[Annotated[int, Field(ge=0)], ...]
 )
+
+
+def check_listed(where: Where, lengths: Tensor) -> None:
+    """Raise PositionError if a listed position is outside the shortest of the sequences.
+
+    lengths [b]: tokens of each sequence. A position that some prompts do not have would be skipped
+    there without a word.
+    """
+    if isinstance(where, str) or not len(lengths):
+        return
+    shortest = int(lengths.min())
+    outside = [position for position in where if position >= shortest]
+    if outside:
+        raise PositionError(
+            f"positions {outside} are listed, but the shortest sequence has positions 0 to "
+            f"{shortest - 1}; list only what every prompt has, or use a policy such as last_prompt"
+        )
 
 
 def selected(where: Where, include_bos: bool, frame: Frame) -> Tensor:

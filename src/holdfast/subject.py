@@ -15,7 +15,7 @@ from torch import Tensor
 from holdfast.batch import Batch, Example, Frame
 from holdfast.canonical import sha256_tree
 from holdfast.config import Config, nearest
-from holdfast.edits import Edit, Perturbation
+from holdfast.edits import Edit, FeatureEdit, Perturbation
 from holdfast.errors import NonFiniteError, SAEError, SubjectError
 from holdfast.families import Family, family_of
 from holdfast.hooks import AttachedEdits
@@ -318,5 +318,5 @@ class Subject:
 
     def _check_positions(self, batch: Batch, edits: Sequence[Edit], n_generated: int = 0) -> None:
         for edit in edits:
-            if isinstance(edit, Perturbation):
+            if isinstance(edit, Perturbation | FeatureEdit):
                 edit.check_inside(batch, n_generated)

@@ -207,7 +207,9 @@ def test_prompts_that_do_not_exist(tmp_path: Path) -> None:
 def test_positions_outside_the_prompts(tmp_path: Path) -> None:
     study = tiny()
     study["recovery"]["perturb"] = {"positions": [500]}
-    refused(attempt(study, tmp_path / "run"), r"positions = \(500,\) names no position")
+    refused(
+        attempt(study, tmp_path / "run"), r"positions \[500\] are listed", r"positions 0 to \d+"
+    )
 
 
 # --- Subject and SAEs -----------------------------------------------------------------------------

@@ -104,6 +104,17 @@ def test_a_position_outside_the_sequence_is_an_error_never_skipped(
         subject.outputs(batch, (other,))
 
 
+def test_a_listed_position_that_some_prompts_lack_is_an_error(
+    subject: Subject, batch: Batch, clamp: FeatureEdit
+) -> None:
+    shortest = int(batch.prompt_length.min())
+    subject.outputs(batch, (replace(clamp, where=(shortest - 1,)),))
+    beyond = replace(clamp, where=(1, shortest))
+    with pytest.raises(PositionError, match=rf"positions \[{shortest}\] are listed"):
+        subject.outputs(batch, (beyond,))
+    subject.generate(batch, (beyond,), 2)  # there it is the first generated one
+
+
 def test_left_padded_batches_equal_single_prompts(
     subject: Subject, batch: Batch, clamp: FeatureEdit
 ) -> None:
