@@ -155,6 +155,7 @@ def random_batch(size: Size) -> Batch:
         tokens=torch.randint(size.vocabulary, (n, size.tokens), generator=generator),
         positions=torch.arange(size.tokens).repeat(n, 1),
         bos=torch.zeros(n, dtype=torch.bool),
+        template=torch.full((n,), size.tokens),
         targets=answers[:, 0],
         rivals=answers[:, 1:3],
         alternatives=answers[:, 3:],
@@ -165,7 +166,7 @@ def busiest(subject: Subject, batch: Batch, site: Site, n: int) -> tuple[int, ..
     """The features that fire most on the prompts, so that the clamp has something to do."""
     positions = batch.positions[:, :1]
     replay = Replay.record(subject, batch, site, positions)
-    fired = (subject.sae(site).encode(replay.base) > 0).sum((0, 1))
+    fired = (subject.sae(site).full().encode(replay.base) > 0).sum((0, 1))
     return tuple(fired.topk(n).indices.tolist())
 
 

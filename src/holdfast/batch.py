@@ -32,7 +32,8 @@ class Frame:
 
     ids: b example ids; groups: b group labels (feature sets can differ by group);
     positions [b s]: absolute, -1 for padding; prompt_length [b]: tokens in the prompt, BOS
-    included; bos [b]: whether position 0 is a beginning-of-sequence token.
+    included; bos [b]: whether position 0 is a beginning-of-sequence token; template [b]: position
+    of the first token of the chat template after the instruction, prompt_length without one.
     """
 
     ids: tuple[str, ...]
@@ -40,6 +41,7 @@ class Frame:
     positions: Tensor
     prompt_length: Tensor
     bos: Tensor
+    template: Tensor
 
     def rows(self, rows: Tensor) -> Frame:
         """The same columns for some rows, in the order given; repeats are allowed."""
@@ -50,6 +52,7 @@ class Frame:
             self.positions[rows],
             self.prompt_length[rows],
             self.bos[rows],
+            self.template[rows],
         )
 
     def columns(self, columns: slice) -> Frame:
@@ -60,7 +63,8 @@ class Frame:
 class Batch:
     """b prompts, left-padded to s tokens, each with an answer the logits are read for.
 
-    tokens [b s]; positions [b s] absolute, -1 for padding; bos [b]; targets [b] token ids;
+    tokens [b s]; positions [b s] absolute, -1 for padding; bos [b]; template [b] position where the
+    chat template goes on after the instruction (prompt_length without one); targets [b] token ids;
     rivals [b m] token ids the target must beat; alternatives [b a] token ids of answers that could
     be forced instead; ids unique; clusters: the independent unit of each row (a question, a
     prompt); groups: the label a feature set can be keyed by.
@@ -73,6 +77,7 @@ class Batch:
     tokens: Tensor
     positions: Tensor
     bos: Tensor
+    template: Tensor
     targets: Tensor
     rivals: Tensor
     alternatives: Tensor
@@ -89,6 +94,7 @@ class Batch:
             "tokens": self.tokens.shape[0],
             "positions": self.positions.shape[0],
             "bos": self.bos.shape[0],
+            "template": self.template.shape[0],
             "targets": self.targets.shape[0],
             "rivals": self.rivals.shape[0],
             "alternatives": self.alternatives.shape[0],
@@ -110,7 +116,9 @@ class Batch:
         return self.positions[:, -1] + 1
 
     def frame(self) -> Frame:
-        return Frame(self.ids, self.groups, self.positions, self.prompt_length, self.bos)
+        return Frame(
+            self.ids, self.groups, self.positions, self.prompt_length, self.bos, self.template
+        )
 
     def rows(self, rows: Tensor | Sequence[int]) -> Batch:
         """Some rows; columns that are padding in all of them are dropped."""
@@ -127,6 +135,7 @@ class Batch:
             tokens=self.tokens[rows, first:],
             positions=positions[:, first:],
             bos=self.bos[rows],
+            template=self.template[rows],
             targets=self.targets[rows],
             rivals=self.rivals[rows],
             alternatives=self.alternatives[rows],
@@ -162,7 +171,15 @@ class Batch:
             self,
             **{
                 name: getattr(self, name).to(device)
-                for name in ("tokens", "positions", "bos", "targets", "rivals", "alternatives")
+                for name in (
+                    "tokens",
+                    "positions",
+                    "bos",
+                    "template",
+                    "targets",
+                    "rivals",
+                    "alternatives",
+                )
             },
         )
 
@@ -193,6 +210,8 @@ class Example:
     target: the answer that is the behavior; rivals: what it must beat; alternatives: other answers
     that could be forced instead, for the wrong-target control; each a continuation of one token.
     cluster: its independent unit (a question, a prompt); group: what features may be fitted for.
+    suffix: what a chat template put after the instruction, the end of `text`; special: whether the
+    tokenizer adds its special tokens (a rendered chat template has its own).
     """
 
     id: str
@@ -202,3 +221,5 @@ class Example:
     alternatives: tuple[str, ...]
     cluster: str
     group: str = ""
+    suffix: str = ""
+    special: bool = True

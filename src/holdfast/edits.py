@@ -7,7 +7,7 @@ so a later site sees what earlier edits did.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.errors import EditNeverFiredError, PositionError
-from holdfast.positions import Where, check_listed, selected
+from holdfast.positions import Where, check_possible, selected
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
@@ -44,6 +44,15 @@ class Edit(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """An edit that names positions which a prompt may not have."""
+
+    def check_inside(self, batch: Batch, n_generated: int = 0) -> None:
+        """Raise PositionError if they are outside a prompt and what is generated."""
+        ...
+
+
 def never_fired(edit: object, site: Site) -> EditNeverFiredError:
     return EditNeverFiredError(
         f"{type(edit).__name__} at {site} touched no token of any row; check its positions and "
@@ -60,25 +69,55 @@ def splice(x: Tensor, change: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Lets an edit act on the tokens where one feature of the edit's site exceeds a value.
+
+    bank: a slice of that one feature; above: in the SAE's activation units, strict.
+    """
+
+    bank: FeatureBank
+    above: float
+
+    def opens(self, x: Tensor, frame: Frame) -> Tensor:
+        """[b s] bool, read from x [b s d_model] as it is before the edit."""
+        return self.bank.activations(x, frame)[..., 0] > self.above
+
+
+MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "set": lambda z, value: value.expand_as(z),
+    "set_where_active": lambda z, value: torch.where(z > 0, value, z),
+    "multiply": lambda z, value: value * z,
+    "add": lambda z, value: z + value,
+    "floor": lambda z, value: torch.maximum(z, value),
+    "ceiling": lambda z, value: torch.minimum(z, value),
+}
+"""What a feature is given, from its present value z and a value of its own (METHODS A.3)."""
+
+
+@dataclass(frozen=True)
 class FeatureEdit:
     """Give some features new values: `x + Σ_i (c_i − z_i)·W_dec[i] − (1 − α)·e`.
 
     The sum is the error-preserving clamp `D(clamp(z)) + (x − D(z))` for any linear decoder, with
     only |S| columns and rows (METHODS 0.2). `e = x − D(E(x))` is the SAE's error: α = 1 keeps it
     (and needs no full encode), α = 0 drops it, so that the clamped reconstruction is passed on.
-    All c_i are computed from the same z, before any of them is set.
+    All c_i are computed from the same z, before any of them is set. value: one number for all
+    features, or [g k] like the bank's other tensors; gate: where it acts, None for everywhere.
     """
 
     bank: FeatureBank
     mode: str
-    value: float
+    value: float | Tensor
     where: Where = "all"
     include_bos: bool = False
     error_scale: float = 1.0
     sae: SAE | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
+        assert self.mode in MODES, self.mode
         assert self.error_scale == 1.0 or self.sae is not None, "scaling the error needs the SAE"
+        assert self.gate is None or self.gate.bank.site == self.bank.site
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -88,25 +127,28 @@ class FeatureEdit:
         return selected(self.where, self.include_bos, frame)
 
     def check_inside(self, batch: Batch, n_generated: int = 0) -> None:
-        """Raise PositionError if a listed position is outside a prompt and what is generated."""
-        check_listed(self.where, batch.prompt_length + n_generated)
+        """Raise PositionError if a prompt has not what the policy names."""
+        check_possible(self.where, batch.frame(), n_generated)
 
-    def assigned(self, z: Tensor) -> Tensor:
-        """The value each feature is given, from its present value z [b s k] (METHODS A.3)."""
-        if self.mode == "set":
-            return torch.full_like(z, self.value)
-        if self.mode == "set_where_active":
-            return torch.where(z > 0, torch.full_like(z, self.value), z)
-        assert self.mode == "multiply", self.mode
-        return self.value * z
+    def assigned(self, z: Tensor, frame: Frame) -> Tensor:
+        """The value each feature is given, from its present value z [b s k]."""
+        if isinstance(self.value, Tensor):
+            value = self.bank.rows(self.value, frame).to(z.dtype)
+        else:
+            value = torch.full((), self.value, dtype=z.dtype, device=z.device)
+        # The bank's padding has z = 0 and rows of zeros: what it is given changes nothing.
+        return MODES[self.mode](z, value)
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         z = self.bank.activations(x, frame)
-        change = self.bank.decode(self.assigned(z) - z, frame)
+        change = self.bank.decode(self.assigned(z, frame) - z, x, frame)
         if self.sae is not None and self.error_scale != 1.0:
-            error = x.float() - self.sae.decode(self.sae.encode(x))
+            error = x.float() - self.sae.decode(self.sae.encode(x), x)
             change = change - (1.0 - self.error_scale) * error
-        return splice(x, change, self.selects(site, frame))
+        mask = self.selects(site, frame)
+        if self.gate is not None:
+            mask = mask & self.gate.opens(x, frame)
+        return splice(x, change, mask)
 
     def check_fired(self, site: Site, n_fired: int) -> None:
         if n_fired == 0:

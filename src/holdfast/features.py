@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,9 +16,10 @@ EVERY_GROUP = "*"
 class SiteFeatures(Config):
     """The features of one site for one group of prompts.
 
-    scores: one per id, in the units of the discovery that made them. median_active: median value
-    of these features where they fire on the fit split (the scale that relative drift is measured
-    against), or None if none fired.
+    scores: one per id, in the units of the discovery that made them. Measured on the fit split,
+    BOS left out: median_active, the median value of these features where they fire (the scale that
+    relative drift is measured against), None if none fired; mean and max of each feature over the
+    tokens, zeros included.
     """
 
     site: str
@@ -26,6 +27,8 @@ class SiteFeatures(Config):
     ids: tuple[int, ...] = Field(min_length=1)
     scores: tuple[float, ...] = ()
     median_active: float | None = None
+    mean: tuple[float, ...] = ()
+    max: tuple[float, ...] = ()
 
     @field_validator("site")
     @classmethod
@@ -34,9 +37,20 @@ class SiteFeatures(Config):
 
     @model_validator(mode="after")
     def _one_score_each(self) -> SiteFeatures:
-        if self.scores and len(self.scores) != len(self.ids):
-            raise ValueError(f"{len(self.ids)} ids but {len(self.scores)} scores")
+        for name in ("scores", "mean", "max"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.ids):
+                raise ValueError(f"{len(self.ids)} ids but {len(given)} {name}")
         return self
+
+    def of(self, ids: tuple[int, ...]) -> SiteFeatures:
+        """Some of these features, in the order asked for, with what is known of each."""
+        rows = [self.ids.index(i) for i in ids]
+        known = {
+            name: tuple(getattr(self, name)[row] for row in rows) if getattr(self, name) else ()
+            for name in ("scores", "mean", "max")
+        }
+        return self.model_copy(update={"ids": ids, **known})
 
 
 class FeatureSet(Config):
@@ -60,6 +74,33 @@ class FeatureSet(Config):
     def at(self, site: Site) -> tuple[SiteFeatures, ...]:
         """The entries of one site, by group."""
         return tuple(entry for entry in self.entries if Site.parse(entry.site) == site)
+
+    def of(self, entries: tuple[SiteFeatures, ...]) -> FeatureSet:
+        """The features that `entries` name, with what is known of them here.
+
+        Every group known at a site of `entries` gets them: its own entry's, or those for all.
+        """
+        chosen = []
+        for site in sorted({Site.parse(entry.site) for entry in entries}):
+            asked = {e.group: e.ids for e in entries if Site.parse(e.site) == site}
+            for known in self.at(site):
+                ids = asked.get(known.group, asked.get(EVERY_GROUP))
+                if ids is not None:
+                    chosen.append(known.of(ids))
+        return FeatureSet(entries=tuple(chosen), source=self.source)
+
+    @classmethod
+    def union(cls, sets: Sequence[FeatureSet]) -> FeatureSet:
+        """Every feature of any set, once; a group has those of its own and those for all."""
+        entries = []
+        for site in sorted({site for features in sets for site in features.sites}):
+            at = [{entry.group: entry.ids for entry in f.at(site)} for f in sets]
+            for group in dict.fromkeys(group for ids in at for group in ids):
+                merged = (ids.get(group, ids.get(EVERY_GROUP, ())) for ids in at)
+                unique = tuple(dict.fromkeys(i for own in merged for i in own))
+                entries.append(SiteFeatures(site=str(site), group=group, ids=unique))
+        source = ", ".join(dict.fromkeys(features.source for features in sets))
+        return cls(entries=tuple(entries), source=source)
 
     def median_active(self, site: Site) -> Mapping[str, float | None]:
         """Group → median active value on the fit split."""

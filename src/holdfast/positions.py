@@ -16,19 +16,28 @@ from holdfast.batch import Frame
 from holdfast.errors import PositionError
 
 Where = (
-    Literal["all", "prompt", "generated", "last_prompt"] | tuple[Annotated[int, Field(ge=0)], ...]
+    Literal["all", "prompt", "generated", "last_prompt", "template"]
+    | tuple[Annotated[int, Field(ge=0)], ...]
 )
 
 
-def check_listed(where: Where, lengths: Tensor) -> None:
-    """Raise PositionError if a listed position is outside the shortest of the sequences.
+def check_possible(where: Where, frame: Frame, n_generated: int = 0) -> None:
+    """Raise PositionError if some prompt has not what the policy names.
 
-    lengths [b]: tokens of each sequence. A position that some prompts do not have would be skipped
-    there without a word.
+    A listed position outside the prompt and `n_generated` tokens, or a chat template where there is
+    none: both would be skipped there without a word.
     """
-    if isinstance(where, str) or not len(lengths):
+    if not len(frame.ids):
         return
-    shortest = int(lengths.min())
+    if where == "template" and bool((frame.template >= frame.prompt_length).any()):
+        row = int((frame.template >= frame.prompt_length).int().argmax())
+        raise PositionError(
+            f"positions are 'template', but prompt {frame.ids[row]} has no chat template after its "
+            "instruction; use chat prompts, or another policy"
+        )
+    if isinstance(where, str):
+        return
+    shortest = int(frame.prompt_length.min()) + n_generated
     outside = [position for position in where if position >= shortest]
     if outside:
         raise PositionError(
@@ -52,6 +61,8 @@ def selected(where: Where, include_bos: bool, frame: Frame) -> Tensor:
         mask = positions >= length
     elif where == "last_prompt":
         mask = positions == length - 1
+    elif where == "template":
+        mask = (positions >= frame.template[:, None]) & (positions < length)
     else:
         mask = torch.zeros_like(positions, dtype=torch.bool)
         for position in where:

@@ -44,7 +44,9 @@ def preflight(plan: Plan) -> list[Finding]:
 
 def _checks(trial: Trial, subject: Subject) -> Iterator[Finding]:
     splits = {
-        name: subject.batch(trial.behavior.examples(name, getattr(trial.data, name), trial.seed))
+        name: subject.batch(
+            trial.behavior.examples(subject.tokenizer, name, getattr(trial.data, name), trial.seed)
+        )
         for name in ("fit", "tune", "test")
     }
     try:
@@ -114,9 +116,9 @@ def _sae(subject: Subject, site: Site, batch: Batch) -> Iterator[Finding]:
             for frame, x in capture.seen
         ]
     ).float()
-    sae = subject.sae(site)
+    sae = subject.sae(site).full()
     z = sae.encode(tokens)
-    left = (tokens - sae.decode(z)).square().sum()
+    left = (tokens - sae.decode(z, tokens)).square().sum()
     explained = 1 - float(left / (tokens - tokens.mean(0)).square().sum())
     yield Finding(
         check=f"reconstruction at {site}",

@@ -79,21 +79,22 @@ def prepare(
 
     Raises SplitError if two splits share a prompt or a cluster.
     """
+    tokenizer = subject.tokenizer
     splits = {
-        "fit": subject.batch(behavior.examples("fit", data.fit, seed)),
-        "tune": subject.batch(behavior.examples("tune", data.tune, seed)),
-        "test": subject.batch(behavior.examples("test", data.test, seed)),
+        "fit": subject.batch(behavior.examples(tokenizer, "fit", data.fit, seed)),
+        "tune": subject.batch(behavior.examples(tokenizer, "tune", data.tune, seed)),
+        "test": subject.batch(behavior.examples(tokenizer, "test", data.test, seed)),
     }
     check_disjoint(splits)
     fit_neighbors = {
         name: subject.batch(examples)
-        for name, examples in behavior.neighbors("fit", data.fit, seed).items()
+        for name, examples in behavior.neighbors(tokenizer, "fit", data.fit, seed).items()
     }
-    features = discovery.find(subject, splits["fit"], fit_neighbors)
+    features = intervention.clamped(discovery.find(subject, splits["fit"], fit_neighbors))
     features = with_scale(subject, splits["fit"], features)
     tune_neighbors = {
         name: subject.batch(examples)
-        for name, examples in behavior.neighbors("tune", data.tune, seed).items()
+        for name, examples in behavior.neighbors(tokenizer, "tune", data.tune, seed).items()
     }
     chosen = choose_strength(subject, intervention, features, splits["tune"], tune_neighbors)
     edits = chosen.edits(subject, features)
@@ -101,7 +102,7 @@ def prepare(
     test = splits["test"]
     clean, suppressed = subject.outputs(test)[:, -1], subject.outputs(test, edits)[:, -1]
     neighbors = {}
-    for name, examples in behavior.neighbors("test", data.test, seed).items():
+    for name, examples in behavior.neighbors(tokenizer, "test", data.test, seed).items():
         batch = subject.batch(examples)
         margins = [batch.margin(subject.outputs(batch, e)[:, -1]) for e in ((), edits)]
         neighbors[name] = (batch, margins[0], margins[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,16 +12,17 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from holdfast.batch import Batch, Example, Frame
+from holdfast.batch import Batch, Example
 from holdfast.canonical import sha256_tree
 from holdfast.config import Config, nearest
-from holdfast.edits import Edit, FeatureEdit, Perturbation
+from holdfast.edits import Edit, Placed
 from holdfast.errors import NonFiniteError, SAEError, SubjectError
 from holdfast.families import Family, family_of
 from holdfast.hooks import AttachedEdits
 from holdfast.organism.assets import SHIPPED, resolve
 from holdfast.saes.sae import SAE
 from holdfast.saes.sources import SAESpec
+from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Subject:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    saes: Mapping[Site, SAE]
+    saes: Mapping[Site, SAE | StoredSAE]
     family: Family
     batch_size: int = 128
 
@@ -143,7 +144,7 @@ class Subject:
         name: str,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        saes: Mapping[Site, SAE],
+        saes: Mapping[Site, SAE | StoredSAE],
         batch_size: int = 128,
     ) -> Subject:
         """Put loaded parts together. Raises SAEError if an SAE does not fit the model."""
@@ -163,7 +164,7 @@ class Subject:
     def device(self) -> torch.device:
         return self.model.device
 
-    def sae(self, site: Site) -> SAE:
+    def sae(self, site: Site) -> SAE | StoredSAE:
         if site not in self.saes:
             raise SAEError(
                 f"no SAE at {site}: {self.name} was loaded with SAEs at "
@@ -185,7 +186,10 @@ class Subject:
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Tokenize, left-pad, and number positions from 0. Raises SubjectError on a doubled BOS."""
         bos = self.tokenizer.bos_token_id
-        rows = [self.tokenizer.encode(example.text) for example in examples]
+        rows = [
+            self.tokenizer.encode(example.text, add_special_tokens=example.special)
+            for example in examples
+        ]
         for example, row in zip(examples, rows, strict=True):
             if bos is not None and row[:2] == [bos, bos]:
                 raise SubjectError(
@@ -209,12 +213,28 @@ class Subject:
             tokens=tokens,
             positions=positions,
             bos=torch.as_tensor([bos is not None and row[0] == bos for row in rows]),
+            template=torch.as_tensor(
+                [self._template(example, row) for example, row in zip(examples, rows, strict=True)]
+            ),
             targets=torch.as_tensor([self.token_id(e.target) for e in examples]),
             rivals=torch.as_tensor([[self.token_id(r) for r in e.rivals] for e in examples]),
             alternatives=torch.as_tensor(
                 [[self.token_id(a) for a in e.alternatives] for e in examples]
             ),
         ).to(self.device)
+
+    def _template(self, example: Example, row: Sequence[int]) -> int:
+        """The position of the first token that lies wholly in the example's suffix."""
+        if not example.suffix:
+            return len(row)
+        if not example.text.endswith(example.suffix):
+            raise SubjectError(f"prompt {example.id} does not end with its template's suffix")
+        offsets = self.tokenizer(
+            example.text, add_special_tokens=example.special, return_offsets_mapping=True
+        )["offset_mapping"]
+        start = len(example.text) - len(example.suffix)
+        inside = [i for i, (begin, end) in enumerate(offsets) if begin >= start and end > begin]
+        return inside[0] if inside else len(row)
 
     # ------------------------------------------------------------------ forward passes
 
@@ -282,9 +302,7 @@ class Subject:
         made = []
         whole = batch.frame()
         for _ in range(max_new_tokens):
-            attached.frame = Frame(
-                whole.ids, whole.groups, positions, whole.prompt_length, whole.bos
-            )
+            attached.frame = replace(whole, positions=positions)
             logits = self.model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -318,5 +336,5 @@ class Subject:
 
     def _check_positions(self, batch: Batch, edits: Sequence[Edit], n_generated: int = 0) -> None:
         for edit in edits:
-            if isinstance(edit, Perturbation | FeatureEdit):
+            if isinstance(edit, Placed):
                 edit.check_inside(batch, n_generated)

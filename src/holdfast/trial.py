@@ -20,7 +20,7 @@ from holdfast.edits import Perturbation
 from holdfast.errors import EmptyValidSetError, StudyError
 from holdfast.interventions import Intervention
 from holdfast.measure import Measurement, median, rate
-from holdfast.positions import check_listed, selected
+from holdfast.positions import check_possible, selected
 from holdfast.problem import Problem
 from holdfast.recovery import Recovery, RecoverySpec, recover, summary_of
 from holdfast.replay import Replay
@@ -184,7 +184,7 @@ def _site(spec: RecoverySpec, case: Case) -> Site:
 def _positions(spec: RecoverySpec, case: Case) -> Tensor:
     """[n p] absolute positions that the policy names, -1 where a row has fewer."""
     frame = case.batch.frame()
-    check_listed(spec.perturb.positions, frame.prompt_length)
+    check_possible(spec.perturb.positions, frame)
     mask = selected(spec.perturb.positions, False, frame)
     if not mask.any(1).all():
         raise StudyError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch
-from holdfast.edits import Capture, Edit, Perturbation
+from holdfast.edits import Capture, Edit, FeatureEdit, Perturbation
 from holdfast.features import EVERY_GROUP
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
@@ -85,11 +85,12 @@ def verify(
     )  # fmt: skip
     floor = torch.maximum(size, TAU * n_held.sqrt() * median)
 
-    assigned = [edit for edit in edits if hasattr(edit, "assigned") and site in edit.sites]
+    # What was assigned is known where one clamp sets exactly the held features.
+    assigned = [edit for edit in edits if isinstance(edit, FeatureEdit) and site in edit.sites]
     nan = torch.full_like(change, torch.nan)
     drift_assigned = clamp_mismatch = nan
-    if assigned:
-        target = assigned[0].assigned(bank.activations(reference.before.double(), frame))
+    if len(assigned) == 1 and assigned[0].bank.ids == bank.ids:
+        target = assigned[0].assigned(bank.activations(reference.before.double(), frame), frame)
         drift_assigned = _norm(torch.where(valid, z_rec - target, 0.0))
         clamp_mismatch = _norm(torch.where(valid, z_ref - target, 0.0))
 

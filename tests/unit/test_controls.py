@@ -269,6 +269,6 @@ def test_right_and_wrong_target_have_the_same_task() -> None:
     from holdfast.behaviors.mcq import MultipleChoice
 
     for behavior in (IOI(), MultipleChoice()):
-        for example in behavior.examples("test", 20, seed=0):
+        for example in behavior.examples(None, "test", 20, seed=0):
             everything = {example.target, *example.rivals, *example.alternatives}
             assert len(everything) - 1 == len(example.rivals), example

@@ -46,16 +46,16 @@ def test_attribution_equals_the_gradient_through_the_sae(subject: Subject, batch
     gradient = torch.autograd.grad(margin.sum(), through.z)[0]
     mask = (batch.positions > 0)[..., None]
     expected = (through.z.detach() * gradient * mask).sum(1)
-    got = Attribution().scores(subject, batch, SITE)
+    got = Attribution().scores(subject, batch, subject.sae(SITE).full())
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-    last = Attribution(positions="last_prompt").scores(subject, batch, SITE)
+    last = Attribution(positions="last_prompt").scores(subject, batch, subject.sae(SITE).full())
     torch.testing.assert_close(last, (through.z * gradient)[:, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_features_are_those_with_the_largest_mean(subject: Subject, batch: Batch) -> None:
     kind = Attribution(n_features=5)
     found = kind.find(subject, batch, {}).at(SITE)[0]
-    mean = kind.scores(subject, batch, SITE).mean(0)
+    mean = kind.scores(subject, batch, subject.sae(SITE).full()).mean(0)
     assert list(found.ids) == mean.topk(5).indices.tolist()
     assert all(score > 0 for score in found.scores)
 
@@ -63,7 +63,7 @@ def test_features_are_those_with_the_largest_mean(subject: Subject, batch: Batch
 def test_groups_are_fitted_on_their_own_prompts(subject: Subject, batch: Batch) -> None:
     kind = Attribution(n_features=3, group="name")
     found = {entry.group: entry.ids for entry in kind.find(subject, batch, {}).at(SITE)}
-    scores = kind.scores(subject, batch, SITE)
+    scores = kind.scores(subject, batch, subject.sae(SITE).full())
     for group in ("g0", "g1"):
         rows = [i for i, g in enumerate(batch.groups) if g == group]
         assert list(found[group]) == scores[rows].mean(0).topk(3).indices.tolist()
@@ -71,7 +71,7 @@ def test_groups_are_fitted_on_their_own_prompts(subject: Subject, batch: Batch) 
 
 def test_features_that_fire_on_the_neighbors_are_left_out(subject: Subject, batch: Batch) -> None:
     other = tiny_batch(subject, 6, seed=5)
-    rate = Attribution().firing_rate(subject, other, SITE)
+    rate = Attribution().firing_rate(subject, other, subject.sae(SITE).full())
     limit = 0.9
     kind = Attribution(n_features=5, retain_threshold=limit)
     by_hand = []

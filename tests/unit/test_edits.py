@@ -88,7 +88,7 @@ def test_modes_on_values_made_by_hand() -> None:
     bank = None  # the rule needs no features
 
     def assigned(mode: str, value: float) -> list[float]:
-        return FeatureEdit(bank, mode, value).assigned(z).tolist()  # type: ignore[arg-type]
+        return FeatureEdit(bank, mode, value).assigned(z, None).tolist()  # type: ignore[arg-type]
 
     assert assigned("set", 2.0) == [2.0, 2.0, 2.0]
     assert assigned("set_where_active", -5.0) == [0.0, -5.0, -5.0]

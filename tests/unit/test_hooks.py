@@ -150,7 +150,7 @@ def test_cached_generation_equals_the_full_forward(
         with torch.no_grad(), AttachedEdits(subject.model.model.layers, ()) as attached:
             # a reference of its own: one full pass a step, edits applied by `apply_edits`
             attached.frame = None
-            frame = Frame(batch.ids, batch.groups, frame_positions, batch.prompt_length, batch.bos)
+            frame = replace(batch.frame(), positions=frame_positions)
             logits = full_pass(subject, tokens, frame, edits)
         chosen = torch.where(done, pad, logits.argmax(-1))
         assert torch.equal(chosen, cached[:, step]), f"step {step}"

@@ -108,7 +108,9 @@ def offences(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
+            # The error that torch's weights-only loading raises can be named, nothing more.
+            harmless = {alias.name for alias in node.names} == {"UnpicklingError"}
+            names = [] if harmless else [node.module or ""]
         found += [f"imports {name}" for name in names if name.split(".")[0] in PICKLES]
         if not isinstance(node, ast.Call):
             continue
@@ -147,6 +149,7 @@ def test_the_scan_sees_what_it_is_for(code: str) -> None:
 
 def test_the_scan_leaves_innocent_code_alone() -> None:
     innocent = "model.eval()\nre.compile(x)\ntorch.load(p, weights_only=True)\nshell = True"
+    innocent += "\nfrom pickle import UnpicklingError"
     assert offences(ast.parse(innocent)) == []
 
 

@@ -83,6 +83,7 @@ def linear_problem(
         tokens=torch.ones(n, 1, dtype=torch.long),
         positions=torch.zeros(n, 1, dtype=torch.long),
         bos=torch.zeros(n, dtype=torch.bool),
+        template=torch.ones(n, dtype=torch.long),
         targets=torch.zeros(n, dtype=torch.long),
         rivals=torch.ones(n, 1, dtype=torch.long),
         alternatives=torch.ones(n, 1, dtype=torch.long),

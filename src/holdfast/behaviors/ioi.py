@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
@@ -11,6 +11,9 @@ from holdfast.behaviors import BehaviorKind, Split
 from holdfast.errors import StudyError
 from holdfast.organism import corpus
 from holdfast.organism.world import IOI_TEMPLATES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 N_TEMPLATES = len(IOI_TEMPLATES)
 
@@ -43,7 +46,9 @@ class IOI(BehaviorKind):
             )
         return templates
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(
+        self, tokenizer: PreTrainedTokenizerBase, split: Split, n: int, seed: int
+    ) -> list[Example]:
         templates = None if self.templates == "all" else self.templates
         try:
             prompts = corpus.ioi_prompts(split, n, seed, templates)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
@@ -10,6 +10,9 @@ from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.config import nearest
 from holdfast.organism import corpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class MultipleChoice(BehaviorKind):
@@ -34,10 +37,14 @@ class MultipleChoice(BehaviorKind):
             raise ValueError(f"unknown domain {domain!r}: {nearest(domain, corpus.DOMAINS)}")
         return domain
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(
+        self, tokenizer: PreTrainedTokenizerBase, split: Split, n: int, seed: int
+    ) -> list[Example]:
         return self._ask(self.domain, split, n)
 
-    def neighbors(self, split: Split, n: int, seed: int) -> dict[str, list[Example]]:
+    def neighbors(
+        self, tokenizer: PreTrainedTokenizerBase, split: Split, n: int, seed: int
+    ) -> dict[str, list[Example]]:
         others = [domain for domain in corpus.DOMAINS if domain != self.domain]
         return {domain: self._ask(domain, split, n) for domain in others}
 

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import torch
 from pydantic import BeforeValidator, SerializeAsAny
+from torch import Tensor
 
 from holdfast.batch import Batch
 from holdfast.config import Kind
 from holdfast.edits import Capture
-from holdfast.features import EVERY_GROUP, FeatureSet
+from holdfast.features import EVERY_GROUP, FeatureSet, SiteFeatures
 from holdfast.registry import Registry
+from holdfast.saes.bank import FeatureBank
 from holdfast.subject import Subject
 
 DISCOVERIES = Registry(
@@ -38,24 +40,42 @@ Discovery = Annotated[SerializeAsAny[DiscoveryKind], BeforeValidator(DISCOVERIES
 
 
 def with_scale(subject: Subject, fit: Batch, features: FeatureSet) -> FeatureSet:
-    """The same features with the median of their active values on the fit split, BOS left out.
+    """The same features with what they do on the fit split: median active value, mean, maximum.
 
-    The scale that relative drift is measured against where a reference is near zero.
+    BOS is left out; an entry of a group is measured on that group's prompts.
     """
     captures = [Capture(site) for site in features.sites]
     subject.outputs(fit, captures)
     entries = []
     for capture in captures:
-        sae = subject.sae(capture.site)
+        bank = FeatureBank.of(subject.sae(capture.site), features)
+        codes, groups = [], []
+        for frame, x in capture.seen:
+            token = (frame.positions >= 0) & ~((frame.positions == 0) & frame.bos[:, None])
+            z = bank.activations(x, frame)
+            codes.append(z[token])
+            rows = token.nonzero()[:, 0].tolist()
+            groups += [frame.groups[row] for row in rows]
+        z = torch.cat(codes)
         for entry in features.at(capture.site):
-            active = []
-            for frame, x in capture.seen:
-                own = torch.as_tensor([entry.group in (EVERY_GROUP, g) for g in frame.groups])
-                token = (frame.positions >= 0) & own.to(x.device)[:, None]
-                token &= ~((frame.positions == 0) & frame.bos[:, None])
-                z = sae.encode(x[token], entry.ids)
-                active.append(z[z > 0])
-            values = torch.cat(active)
-            median = float(values.median()) if len(values) else None
-            entries.append(entry.model_copy(update={"median_active": median}))
+            if entry.group == EVERY_GROUP and len(bank.index) > 1:
+                # Rows of a group with an entry of its own were encoded with that entry's features.
+                own = torch.as_tensor([group not in bank.index for group in groups])
+            else:
+                own = torch.as_tensor([entry.group in (EVERY_GROUP, g) for g in groups])
+            entries.append(_measured(entry, z[own.to(z.device)][:, : len(entry.ids)]))
     return FeatureSet(entries=tuple(entries), source=features.source)
+
+
+def _measured(entry: SiteFeatures, z: Tensor) -> SiteFeatures:
+    """The entry with statistics of its codes z [tokens k]."""
+    if not len(z):
+        return entry
+    active = z[z > 0]
+    return entry.model_copy(
+        update={
+            "median_active": float(active.median()) if len(active) else None,
+            "mean": tuple(z.mean(0).tolist()),
+            "max": tuple(z.amax(0).tolist()),
+        }
+    )

@@ -16,6 +16,7 @@ from holdfast.edits import Capture, never_fired
 from holdfast.errors import FeatureError
 from holdfast.features import EVERY_GROUP, FeatureSet, SiteFeatures
 from holdfast.positions import Where, selected
+from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
 
@@ -70,11 +71,12 @@ class Attribution(DiscoveryKind):
             raise FeatureError("retain_threshold needs a behavior with neighbors, this has none")
         entries = []
         for site in sorted(subject.saes):
-            scores = self.scores(subject, fit, site)
+            sae = subject.sae(site).full()
+            scores = self.scores(subject, fit, sae)
             shared = torch.zeros_like(scores[0], dtype=torch.bool)
             if self.retain_threshold is not None:
                 for batch in neighbors.values():
-                    shared |= self.firing_rate(subject, batch, site) > self.retain_threshold
+                    shared |= self.firing_rate(subject, batch, sae) > self.retain_threshold
             for group, rows in self._groups(fit).items():
                 mean = scores[rows].mean(0).masked_fill(shared, -torch.inf)
                 best = mean.topk(min(self.n_features, len(mean)))
@@ -103,9 +105,9 @@ class Attribution(DiscoveryKind):
             rows[group].append(row)
         return {group: torch.as_tensor(index) for group, index in sorted(rows.items())}
 
-    def firing_rate(self, subject: Subject, batch: Batch, site: Site) -> Tensor:
+    def firing_rate(self, subject: Subject, batch: Batch, sae: SAE) -> Tensor:
         """[n_features] share of prompts on which a feature fires at any of the positions."""
-        sae, capture = subject.sae(site), Capture(site)
+        capture = Capture(sae.site)
         subject.outputs(batch, (capture,))
         fired = torch.zeros(sae.n_features, device=subject.device)
         for frame, x in capture.seen:
@@ -114,15 +116,15 @@ class Attribution(DiscoveryKind):
                 fired += (sae.encode(x[row, mask[row]]) > 0).any(0).float()
         return fired / len(batch)
 
-    def scores(self, subject: Subject, batch: Batch, site: Site) -> Tensor:
+    def scores(self, subject: Subject, batch: Batch, sae: SAE) -> Tensor:
         """[b n_features] attribution of every feature on every prompt, in logits."""
-        sae = subject.sae(site)
         out = []
         for chunk in batch.chunks(min(_CHUNK, subject.batch_size)):
-            leaf = Leaf(site)
+            leaf = Leaf(sae.site)
             margin = chunk.margin(subject.forward_with_gradients(chunk, (leaf,)))
             x = leaf.seen[0]
             gradient = torch.autograd.grad(margin.sum(), x)[0].float()
+            gradient = gradient * sae.inputs.magnify(x.detach().float())
             attribution = sae.encode(x.detach()) * (gradient @ sae.W_dec.T)
             mask = selected(self.positions, self.include_bos, chunk.frame())
             out.append((attribution * mask[..., None]).sum(1))

@@ -12,14 +12,24 @@ from holdfast.features import FeatureSet
 from holdfast.registry import Registry
 from holdfast.subject import Subject
 
-INTERVENTIONS = Registry("interventions", {"clamp": "holdfast.interventions.clamp:Clamp"})
+INTERVENTIONS = Registry(
+    "interventions",
+    {
+        "clamp": "holdfast.interventions.clamp:Clamp",
+        "several": "holdfast.interventions.several:Several",
+    },
+)
 
 
 class InterventionKind(Kind):
     """An intervention: edits made from features."""
 
+    def clamped(self, found: FeatureSet) -> FeatureSet:
+        """The features it clamps, which a recovery has to leave alone: those that were found."""
+        return found
+
     def edits(self, subject: Subject, features: FeatureSet) -> tuple[Edit, ...]:
-        """The edits, one a site."""
+        """The edits. features: what `clamped` named, with its statistics on the fit split."""
         raise NotImplementedError
 
     def candidates(self) -> tuple[InterventionKind, ...]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from holdfast.config import Config
-from holdfast.edits import Edit, FeatureEdit
-from holdfast.features import FeatureSet
+from holdfast.edits import Edit, FeatureEdit, Gate
+from holdfast.errors import StudyError
+from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.interventions import InterventionKind
 from holdfast.positions import Where
 from holdfast.saes.bank import FeatureBank
+from holdfast.sites import Site
 from holdfast.subject import Subject
 
 
@@ -21,21 +25,51 @@ class Scale(Config):
     scale: float
 
 
+class Condition(Config):
+    """Act only on tokens where a feature of the clamped site exceeds a value, before the clamp."""
+
+    feature: int = Field(ge=0)
+    above: float = Field(0.0, ge=0)
+
+
 class Clamp(InterventionKind):
     """Give features new values at the chosen positions (METHODS A.3).
 
-    mode: `set` to value; `set_where_active` to value where the feature fires; `multiply` by value.
-    value: a number in the SAE's activation units (a factor for `multiply`), or several, of which
-    one is chosen on the tune split. error_term: what becomes of `x − D(E(x))`: keep it, drop it
-    (the clamped reconstruction is passed on), or scale it.
+    mode: `set` to value; `set_where_active` to value where the feature fires; `multiply` by value;
+    `add` value; `floor` and `ceiling`: at least, at most value; `mean`: set to the feature's mean
+    on the fit split; `max_scaled`: set to value times its maximum there. value: a number in the
+    SAE's activation units (a factor for `multiply` and `max_scaled`, unused by `mean`), or several,
+    of which one is chosen on the tune split. features: those to clamp, instead of what discovery
+    finds. condition: act only where a feature is on. error_term: what becomes of `x − D(E(x))`:
+    keep it, drop it (the clamped reconstruction is passed on), or scale it.
     """
 
     kind: Literal["clamp"] = "clamp"
-    mode: Literal["set", "set_where_active", "multiply"] = "set_where_active"
-    value: float | Annotated[tuple[float, ...], Field(min_length=1)] = -5.0
+    mode: Literal[
+        "set", "set_where_active", "multiply", "add", "floor", "ceiling", "mean", "max_scaled"
+    ] = "set_where_active"
+    value: float | Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     positions: Where = "all"
     include_bos: bool = False
+    features: tuple[SiteFeatures, ...] = ()
+    condition: Condition | None = None
     error_term: Literal["keep", "drop"] | Scale = "keep"
+
+    @model_validator(mode="after")
+    def _value_fits_mode(self) -> Clamp:
+        if (self.value is None) != (self.mode == "mean"):
+            raise ValueError(
+                "mode 'mean' takes its values from the fit split, so leave `value` out"
+                if self.mode == "mean"
+                else f"mode {self.mode!r} needs a `value`"
+            )
+        sites = {feature.site for feature in self.features}
+        if self.condition is not None and len(sites) > 1:
+            raise ValueError(
+                "a condition reads a feature of the clamped site; clamp one site with it, and put "
+                "clamps of other sites beside it in an intervention of kind 'several'"
+            )
+        return self
 
     @property
     def error_scale(self) -> float:
@@ -47,17 +81,54 @@ class Clamp(InterventionKind):
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         return tuple(self.model_copy(update={"value": value}) for value in values)
 
+    def clamped(self, found: FeatureSet) -> FeatureSet:
+        return FeatureSet(entries=self.features, source="given") if self.features else found
+
     def edits(self, subject: Subject, features: FeatureSet) -> tuple[Edit, ...]:
-        assert isinstance(self.value, float), "a strength has to be chosen first"
-        return tuple(
-            FeatureEdit(
-                bank=FeatureBank.of(subject.sae(site), features),
-                mode=self.mode,
-                value=self.value,
-                where=self.positions,
-                include_bos=self.include_bos,
-                error_scale=self.error_scale,
-                sae=None if self.error_scale == 1.0 else subject.sae(site),
+        own = features.of(self.features) if self.features else features
+        if self.condition is not None and len(own.sites) > 1:
+            raise StudyError(
+                f"a condition reads a feature of the clamped site, but the features are at "
+                f"{', '.join(map(str, own.sites))}; clamp one site with it"
             )
-            for site in features.sites
+        return tuple(self._edit(subject, own, site) for site in own.sites)
+
+    def _edit(self, subject: Subject, features: FeatureSet, site: Site) -> FeatureEdit:
+        sae = subject.sae(site)
+        bank = FeatureBank.of(sae, features)
+        gate = None
+        if self.condition is not None:
+            gate = Gate(_single(subject, site, self.condition.feature), self.condition.above)
+        return FeatureEdit(
+            bank=bank,
+            mode="set" if self.mode in ("mean", "max_scaled") else self.mode,
+            value=self._values(features, bank),
+            where=self.positions,
+            include_bos=self.include_bos,
+            error_scale=self.error_scale,
+            sae=None if self.error_scale == 1.0 else sae.full(),
+            gate=gate,
         )
+
+    def _values(self, features: FeatureSet, bank: FeatureBank) -> float | Tensor:
+        """One value for all features, or [g k] where the fit split gives each its own."""
+        if self.mode not in ("mean", "max_scaled"):
+            assert isinstance(self.value, float), "a strength has to be chosen first"
+            return self.value
+        factor = self.value if isinstance(self.value, float) else 1.0
+        values = torch.zeros_like(bank.b_enc)
+        for row, entry in enumerate(features.at(bank.site)):
+            measured = entry.mean if self.mode == "mean" else entry.max
+            if not measured:
+                raise StudyError(
+                    f"mode {self.mode!r} needs what each feature does on the fit split, and none "
+                    f"was measured at {bank.site}"
+                )
+            values[row, : len(measured)] = factor * torch.as_tensor(measured)
+        return values
+
+
+def _single(subject: Subject, site: Site, feature: int) -> FeatureBank:
+    """A bank of one feature, for prompts of every group."""
+    only = SiteFeatures(site=str(site), ids=(feature,))
+    return FeatureBank.of(subject.sae(site), FeatureSet(entries=(only,), source="given"))

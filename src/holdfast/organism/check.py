@@ -106,9 +106,9 @@ def _sae(name: str, subject: Subject, site: Site) -> Finding:
     texts = [b.text for b in biographies("test", 100)]
     batch = subject.batch([_unasked(f"text:{i}", text) for i, text in enumerate(texts)])
     x = _residuals(subject, batch, site)
-    sae = subject.sae(site)
+    sae = subject.sae(site).full()
     z = sae.encode(x)
-    explained = 1 - float((x - sae.decode(z)).square().sum() / (x - x.mean(0)).square().sum())
+    explained = 1 - float((x - sae.decode(z, x)).square().sum() / (x - x.mean(0)).square().sum())
     l0 = float((z > 0).float().sum(-1).mean())
     return Finding(
         check=f"{name}: SAE at {site}",
@@ -216,7 +216,7 @@ def _professions(subject: Subject) -> tuple[int, int]:
     from sklearn.linear_model import LogisticRegression
 
     site = Site(2)
-    sae = subject.sae(site)
+    sae = subject.sae(site).full()
 
     def pooled(items: list[Biography], edits: tuple[FeatureEdit, ...]) -> tuple[Tensor, Tensor]:
         """Mean residual [b d_model] and mean codes [b n_features] over the tokens after BOS."""
@@ -255,6 +255,6 @@ def _professions(subject: Subject) -> tuple[int, int]:
 def _only(subject: Subject, site: Site) -> Subject:
     """The subject with the SAE of one site."""
     return Subject.of(
-        subject.name, subject.model, subject.tokenizer, {site: subject.sae(site)},
+        subject.name, subject.model, subject.tokenizer, {site: subject.sae(site).full()},
         subject.batch_size,
     )  # fmt: skip

@@ -45,10 +45,10 @@ def train_pair(
     source = Folder(path=str(organism / "saes" / str(SITE.layer)))
     spec = SubjectSpec(model=str(organism), saes=(SAESpec(site=str(SITE), source=source),))
     subject = Subject.load(spec)
-    fit = subject.batch(IOI().examples("fit", Data().fit, seed))
+    fit = subject.batch(IOI().examples(subject.tokenizer, "fit", Data().fit, seed))
     features = Attribution(n_features=N_FEATURES).find(subject, fit, {})
     ids = list(features.at(SITE)[0].ids)
-    clamped = orthonormal_basis(subject.sae(SITE).W_enc[:, ids])
+    clamped = orthonormal_basis(subject.sae(SITE).full().W_enc[:, ids])
     extra = _further_directions(subject, fit_tokens(subject, fit), clamped)
     for name, basis in (
         ("bottleneck", clamped),

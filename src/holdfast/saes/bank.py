@@ -1,12 +1,12 @@
 """The |S| encoder columns and decoder rows that a clamp or a constraint needs, and no more.
 
 Feature sets can differ by group (a name, a question), so a bank holds one slice a group, padded to
-the widest with features that never fire.
+the widest with features that never fire. Only TopK needs the rest of the SAE: for the k-th value.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from holdfast.batch import Frame
 from holdfast.errors import FeatureError
 from holdfast.features import EVERY_GROUP, FeatureSet
-from holdfast.saes.sae import SAE
+from holdfast.saes.inputs import Inputs
+from holdfast.saes.sae import SAE, Guarantee, activate, guarantee_of, kth_limit
+from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
 
 
@@ -22,44 +24,69 @@ from holdfast.sites import Site
 class FeatureBank:
     """Slices of one SAE: g groups, k features in the widest.
 
-    W_enc [g d k], W_dec [g k d], b_enc [g k] (with `b_dec` already folded in), threshold [g k]
-    (+inf for padding, whose columns and rows are zero), valid [g k].
+    W_enc [g d k], W_dec [g k d], b_enc [g k] (`b_dec` and affine input steps are folded in),
+    threshold [g k] (+inf for padding, whose columns and rows are zero), gain, offset [g k],
+    valid [g k]; ids: the features of each group. norm: per-token input steps, if any; rivals: the
+    whole SAE where a limit depends on all of its features (TopK).
     """
 
     site: Site
     index: dict[str, int]
+    ids: tuple[tuple[int, ...], ...]
     W_enc: Tensor
     W_dec: Tensor
     b_enc: Tensor
     threshold: Tensor
+    gain: Tensor
+    offset: Tensor
     valid: Tensor
+    norm: Inputs | None = None
+    rivals: SAE | None = None
 
     @classmethod
-    def of(cls, sae: SAE, features: FeatureSet) -> FeatureBank:
+    def of(cls, sae: SAE | StoredSAE, features: FeatureSet) -> FeatureBank:
         """Slice `sae` by the features at its site. Raises FeatureError on bad ids."""
         entries = features.at(sae.site)
         if not entries:
             raise FeatureError(f"no features at {sae.site}; there are some at {features.sites}")
+        slices = [sae.take(entry.ids) for entry in entries]
         k = max(len(entry.ids) for entry in entries)
-        g, d = len(entries), sae.d_model
-        device = sae.W_enc.device
-        W_enc = torch.zeros(g, d, k, device=device)
-        W_dec = torch.zeros(g, k, d, device=device)
-        b_enc = torch.zeros(g, k, device=device)
-        threshold = torch.full((g, k), torch.inf, device=device)
-        valid = torch.zeros(g, k, dtype=torch.bool, device=device)
-        for row, entry in enumerate(entries):
-            sae.check_features(entry.ids)
-            ids, n = list(entry.ids), len(entry.ids)
-            W_enc[row, :, :n] = sae.W_enc[:, ids]
-            W_dec[row, :n] = sae.W_dec[ids]
-            b_enc[row, :n] = sae.b_enc[ids]
-            if sae.subtract_b_dec:
-                b_enc[row, :n] -= sae.b_dec @ sae.W_enc[:, ids]
-            threshold[row, :n] = sae.threshold[ids]
-            valid[row, :n] = True
-        index = {entry.group: row for row, entry in enumerate(entries)}
-        return cls(sae.site, index, W_enc, W_dec, b_enc, threshold, valid)
+        g, d, device = len(entries), sae.d_model, slices[0].W_enc.device
+        bank = cls(
+            site=sae.site,
+            index={entry.group: row for row, entry in enumerate(entries)},
+            ids=tuple(entry.ids for entry in entries),
+            W_enc=torch.zeros(g, d, k, device=device),
+            W_dec=torch.zeros(g, k, d, device=device),
+            b_enc=torch.zeros(g, k, device=device),
+            threshold=torch.full((g, k), torch.inf, device=device),
+            gain=torch.ones(g, k, device=device),
+            offset=torch.zeros(g, k, device=device),
+            valid=torch.zeros(g, k, dtype=torch.bool, device=device),
+            norm=None if sae.inputs.affine else sae.inputs,
+            rivals=None if sae.k is None else sae.full(),
+        )
+        for row, own in enumerate(slices):
+            n = len(own.ids)
+            bank.W_enc[row, :, :n] = own.W_enc
+            bank.W_dec[row, :n] = own.W_dec
+            bank.b_enc[row, :n] = own.b_enc
+            bank.threshold[row, :n] = own.threshold
+            bank.gain[row, :n] = own.gain
+            bank.offset[row, :n] = own.offset
+            bank.valid[row, :n] = True
+        return bank
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What unchanged pre-activations of these features guarantee about their codes."""
+        return guarantee_of(self.norm or Inputs(), None if self.rivals is None else self.rivals.k)
+
+    def to(self, device: torch.device | str) -> FeatureBank:
+        names = ("W_enc", "W_dec", "b_enc", "threshold", "gain", "offset", "valid")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        rivals = None if self.rivals is None else self.rivals.to(device)
+        return replace(self, **moved, rivals=rivals)
 
     def slices(self, frame: Frame) -> Tensor:
         """[b] which slice each row of the frame uses. Raises FeatureError for an unknown group."""
@@ -73,9 +100,16 @@ class FeatureBank:
             )
         return torch.as_tensor(rows, dtype=torch.long, device=self.W_enc.device)
 
+    def rows(self, values: Tensor, frame: Frame) -> Tensor:
+        """values [g k] as [b 1 k] (or [1 1 k] with one slice): each row's own."""
+        slices = self.slices(frame)
+        return values[:, None] if len(self.index) == 1 else values[slices][:, None]
+
     def preactivations(self, x: Tensor, frame: Frame) -> Tensor:
         """p [b s k] of x [b s d], in the dtype of x but at least float32; 0 for padding."""
         x = x if x.dtype == torch.float64 else x.float()
+        if self.norm is not None:
+            x = self.norm.enter(x)
         if len(self.index) == 1:
             self.slices(frame)
             return x @ self.W_enc[0].to(x.dtype) + self.b_enc[0].to(x.dtype)
@@ -85,14 +119,23 @@ class FeatureBank:
     def activations(self, x: Tensor, frame: Frame) -> Tensor:
         """z [b s k] of x [b s d]; padding is 0."""
         p = self.preactivations(x, frame)
-        return torch.where(p > self.limits(frame), p, torch.zeros_like(p))
+        magnitude = self.rows(self.gain, frame) * p + self.rows(self.offset, frame)
+        return activate(p, self.limits(x, frame), magnitude)
 
-    def limits(self, frame: Frame) -> Tensor:
-        """Thresholds, broadcastable to [b s k]."""
-        return self.threshold[self.slices(frame)][:, None]
+    def limits(self, x: Tensor, frame: Frame) -> Tensor:
+        """What p must exceed to fire, broadcastable to [b s k]; +inf for padding."""
+        limits = self.rows(self.threshold, frame)
+        if self.rivals is not None and self.rivals.k is not None:
+            # Padding keeps its +inf.
+            limits = torch.maximum(
+                limits, kth_limit(self.rivals.preactivations(x), self.rivals.k).to(limits.dtype)
+            )
+        return limits
 
-    def decode(self, z: Tensor, frame: Frame) -> Tensor:
-        """Σ z_i · W_dec[i], [b s d], without the decoder bias."""
+    def decode(self, z: Tensor, x: Tensor, frame: Frame) -> Tensor:
+        """[b s d]: the change of the residual x that a change z of the codes makes."""
         if len(self.index) == 1:
-            return z @ self.W_dec[0].to(z.dtype)
-        return torch.bmm(z, self.W_dec[self.slices(frame)].to(z.dtype))
+            change = z @ self.W_dec[0].to(z.dtype)
+        else:
+            change = torch.bmm(z, self.W_dec[self.slices(frame)].to(z.dtype))
+        return change if self.norm is None else change * self.norm.magnify(x.to(z.dtype))

@@ -1,27 +1,94 @@
 """The SAE record: full and partial encode, in float32, with every step explicit.
 
-One convention for elementwise SAEs: `z = p · 1[p > threshold]` with a strict inequality; a plain
-ReLU is the threshold 0 (METHODS 0.2).
+One formula for every kind (METHODS 0.2): with `p = enter(x) · W_enc + b_enc`,
+
+    z_i = relu(gain_i · p_i + offset_i)  where p_i > limit_i, else 0
+
+and a strict inequality. The limit is 0 for ReLU, the threshold for JumpReLU (and BatchTopK, as
+saved for inference), the (k+1)-th largest pre-activation of the token for TopK. A gated SAE shares
+its columns between gate and magnitude, so that its magnitude is affine in p: gain and offset.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from holdfast.errors import FeatureError, SAEError
+from holdfast.saes.inputs import Inputs
 from holdfast.sites import Site
+
+Guarantee = Literal["exact", "margin", "none"]
+"""What an unchanged `p_S` says of the codes z_S, where p is read as an affine function of x.
+
+exact: they cannot change. margin: they cannot, unless another feature overtakes them among the k
+largest (TopK), which has to be measured. none: an affine function of x does not fix p at all,
+because the token's norm enters (per-token normalization).
+"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an SAE's files say of it beside its weights; None where they say nothing.
+
+    format: the layout it was read from; architecture: its kind, in the layout's words; model: the
+    model it was trained on; l0: features active per token, as published; centered: whether that
+    model's writing weights were centered; bos: whether it was trained with BOS in front.
+    """
+
+    format: str = ""
+    architecture: str = ""
+    model: str | None = None
+    l0: float | None = None
+    centered: bool | None = None
+    bos: bool | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of an SAE, or of some of its features, float32; shapes as in `SAE`."""
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    threshold: Tensor
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Weights:
+        there = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in there.items()})
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some features of an SAE as read from, and written to, the residual itself.
+
+    W_enc [d_model k], W_dec [k d_model], b_enc, threshold, gain, offset [k]; `b_dec` and affine
+    input steps are folded in.
+    """
+
+    ids: tuple[int, ...]
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    gain: Tensor
+    offset: Tensor
 
 
 @dataclass(frozen=True)
 class SAE:
-    """A sparse autoencoder of one residual site; all tensors float32.
+    """A sparse autoencoder of one residual site, whole and in memory; all tensors float32.
 
     W_enc [d_model n_features], W_dec [n_features d_model], b_enc [n_features], b_dec [d_model],
-    threshold [n_features] (0 for ReLU). `subtract_b_dec`: whether the encoder reads `x - b_dec`.
+    threshold [n_features] (0 for ReLU and TopK); gain, offset [n_features] of a gated SAE's
+    magnitudes; k of a TopK. `subtract_b_dec`: whether the encoder reads `enter(x) - b_dec`.
     """
 
     site: Site
@@ -31,12 +98,18 @@ class SAE:
     b_dec: Tensor = field(repr=False)
     threshold: Tensor = field(repr=False)
     subtract_b_dec: bool = False
+    gain: Tensor | None = field(default=None, repr=False)
+    offset: Tensor | None = field(default=None, repr=False)
+    k: int | None = None
+    inputs: Inputs = field(default_factory=Inputs)
     name: str = ""
     sha256: str = ""
+    facts: Facts = field(default_factory=Facts)
 
     def __post_init__(self) -> None:
         d, n = self.W_enc.shape
         expected = {"W_dec": (n, d), "b_enc": (n,), "b_dec": (d,), "threshold": (n,)}
+        expected |= {name: (n,) for name in ("gain", "offset") if getattr(self, name) is not None}
         for name, shape in expected.items():
             got = tuple(getattr(self, name).shape)
             if got != shape:
@@ -50,8 +123,6 @@ class SAE:
                     f"SAE {self.name or self.site}: {name} is {getattr(self, name).dtype}; SAE "
                     "weights are kept in float32, since lower precision moves thresholds"
                 )
-
-        for name in ("W_enc", *expected):
             if not torch.isfinite(getattr(self, name)).all():
                 raise SAEError(f"SAE {self.name or self.site}: {name} has NaN or infinite values")
         if (self.threshold < 0).any():
@@ -59,6 +130,8 @@ class SAE:
                 f"SAE {self.name or self.site}: negative thresholds would give negative codes; a "
                 "BatchTopK SAE whose threshold was never set is saved with -1"
             )
+        if self.k is not None and not 0 < self.k < n:
+            raise SAEError(f"SAE {self.name or self.site}: k = {self.k} of {n} features")
 
     @property
     def d_model(self) -> int:
@@ -69,41 +142,112 @@ class SAE:
         return self.W_enc.shape[1]
 
     @property
-    def exact_null(self) -> bool:
-        """Whether fixing an affine function of x fixes the chosen features: yes, elementwise."""
-        return True
+    def guarantee(self) -> Guarantee:
+        """What unchanged pre-activations of some features guarantee about their codes."""
+        return guarantee_of(self.inputs, self.k)
 
     def check_features(self, ids: Sequence[int]) -> None:
         """Raise FeatureError if an id is out of range or given twice."""
-        outside = [i for i in ids if not 0 <= i < self.n_features]
-        if outside:
-            raise FeatureError(
-                f"feature ids {outside[:5]} are out of range: the SAE at {self.site} has "
-                f"{self.n_features} features (0 to {self.n_features - 1})"
-            )
-        twice = sorted({i for i in ids if list(ids).count(i) > 1})
-        if twice:
-            raise FeatureError(f"feature ids {twice[:5]} are given twice at {self.site}")
+        check_ids(ids, self.n_features, self.site)
+
+    def full(self) -> SAE:
+        """Itself: what is in memory needs no reading."""
+        return self
+
+    def take(self, ids: Sequence[int]) -> Slice:
+        """Some features, in the order given. Raises FeatureError on bad ids."""
+        self.check_features(ids)
+        index = torch.as_tensor(list(ids), dtype=torch.long, device=self.W_enc.device)
+        own = Weights(
+            W_enc=self.W_enc[:, index], W_dec=self.W_dec[index], b_enc=self.b_enc[index],
+            b_dec=self.b_dec, threshold=self.threshold[index],
+            gain=None if self.gain is None else self.gain[index],
+            offset=None if self.offset is None else self.offset[index],
+        )  # fmt: skip
+        return fold(tuple(ids), own, self.inputs, self.subtract_b_dec)
 
     def preactivations(self, x: Tensor, features: Sequence[int] | None = None) -> Tensor:
-        """p [... n]: `(x - b_dec?) · W_enc + b_enc`, only the columns asked for."""
+        """p [... n] of residuals x [... d_model], only the columns asked for."""
         W, b = self.W_enc, self.b_enc
         if features is not None:
             index = torch.as_tensor(list(features), dtype=torch.long, device=W.device)
             W, b = W[:, index], b[index]
-        x = x.float()
-        return (x - self.b_dec if self.subtract_b_dec else x) @ W + b
+        x = self.inputs.enter(x if x.dtype == torch.float64 else x.float())
+        x = x - self.b_dec if self.subtract_b_dec else x
+        return x @ W.to(x.dtype) + b
 
     def encode(self, x: Tensor, features: Sequence[int] | None = None) -> Tensor:
-        """z [... n], zero where the pre-activation does not exceed its threshold."""
+        """z [... n], the codes of the features asked for."""
         p = self.preactivations(x, features)
-        threshold = self.threshold if features is None else self.threshold[list(features)]
-        return torch.where(p > threshold, p, torch.zeros((), dtype=p.dtype, device=p.device))
+        own = slice(None) if features is None else list(features)
+        limit = self.threshold[own].to(p.dtype)
+        if self.k is not None:
+            limit = kth_limit(p if features is None else self.preactivations(x), self.k)
+        magnitude = p
+        if self.gain is not None and self.offset is not None:
+            magnitude = self.gain[own] * p + self.offset[own]
+        return activate(p, limit, magnitude)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Reconstruction [... d_model] of codes [... n_features]."""
-        return z @ self.W_dec + self.b_dec
+    def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reconstruction [... d_model] from codes z [... n_features].
+
+        x [... d_model]: the residual they were encoded from, which undoing centering or a token's
+        normalization needs. Raises SAEError if it is needed and not given.
+        """
+        y = z @ self.W_dec + self.b_dec
+        if x is None:
+            if self.inputs.center or not self.inputs.affine:
+                raise SAEError(f"SAE {self.name or self.site}: decoding needs the residual encoded")
+            return y / self.inputs.scale
+        return self.inputs.leave(y, x.float())
 
     def to(self, device: torch.device | str) -> SAE:
-        names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "gain", "offset")
+        there = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: t.to(device) for name, t in there.items() if t is not None})
+
+
+def activate(p: Tensor, limit: Tensor, magnitude: Tensor) -> Tensor:
+    """The codes: relu(magnitude) where p > limit, strictly."""
+    zero = torch.zeros((), dtype=p.dtype, device=p.device)
+    return torch.where((p > limit) & (magnitude > 0), magnitude, zero)
+
+
+def kth_limit(p: Tensor, k: int) -> Tensor:
+    """[... 1] what a pre-activation must exceed to be among the k largest of p [... n_features].
+
+    The (k+1)-th largest, or 0 where that is negative, since TopK codes go through a ReLU. It is a
+    gate and carries no gradient.
+    """
+    return p.detach().topk(k + 1, dim=-1).values[..., -1:].clamp_min(0.0)
+
+
+def guarantee_of(inputs: Inputs, k: int | None) -> Guarantee:
+    if not inputs.affine:
+        return "none"
+    return "exact" if k is None else "margin"
+
+
+def check_ids(ids: Sequence[int], n_features: int, site: Site) -> None:
+    """Raise FeatureError if an id is out of range or given twice."""
+    outside = [i for i in ids if not 0 <= i < n_features]
+    if outside:
+        raise FeatureError(
+            f"feature ids {outside[:5]} are out of range: the SAE at {site} has "
+            f"{n_features} features (0 to {n_features - 1})"
+        )
+    twice = sorted({i for i in ids if list(ids).count(i) > 1})
+    if twice:
+        raise FeatureError(f"feature ids {twice[:5]} are given twice at {site}")
+
+
+def fold(ids: tuple[int, ...], own: Weights, inputs: Inputs, subtract_b_dec: bool) -> Slice:
+    """Weights of some features as a slice that reads the residual itself."""
+    W_enc, W_dec, b_enc = own.W_enc, own.W_dec, own.b_enc
+    if subtract_b_dec:
+        b_enc = b_enc - own.b_dec @ W_enc
+    if inputs.affine:
+        W_enc, W_dec = inputs.fold(W_enc), W_dec / inputs.scale
+    gain = torch.ones_like(b_enc) if own.gain is None else own.gain
+    offset = torch.zeros_like(b_enc) if own.offset is None else own.offset
+    return Slice(ids, W_enc, W_dec, b_enc, own.threshold, gain, offset)

@@ -1,137 +1,119 @@
-"""Where SAEs are loaded from. One class a layout; each yields the same SAE record."""
+"""Where SAEs are loaded from: a folder, or a published release. Both yield the same record."""
 
 from __future__ import annotations
 
-import json
+import math
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
-from holdfast.canonical import sha256_tree
+from holdfast.canonical import digest, sha256_tree
 from holdfast.config import Config, Kind
-from holdfast.errors import SAEError
+from holdfast.errors import SAEError, StudyError
 from holdfast.organism.assets import resolve
 from holdfast.registry import Registry
+from holdfast.saes.formats import FormatName, layout_of
 from holdfast.sites import Site
 
 if TYPE_CHECKING:
-    from holdfast.saes.sae import SAE
+    from holdfast.saes.layout import Layout
+    from holdfast.saes.stored import StoredSAE
 
-SOURCES = Registry("sae_sources", {"folder": "holdfast.saes.sources:Folder"})
+SOURCES = Registry(
+    "sae_sources",
+    {"folder": "holdfast.saes.sources:Folder", "release": "holdfast.saes.release:Release"},
+)
 
 
 class SAESource(Kind):
-    """A place an SAE can be read from."""
+    """A place an SAE can be read from.
 
-    def folder(self) -> Path:
-        """The local folder that holds it. Raises SAEError if there is none."""
+    center, scale: how the residual enters the SAE, where its files do not say or say it wrongly:
+    subtract the mean over d_model; multiply by a constant (`√d_model / mean norm`).
+    """
+
+    center: bool | None = None
+    scale: float | None = Field(None, gt=0)
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        raise NotImplementedError
+
+    def layout(self) -> Layout:
+        """What lies on disk, downloaded first if it is a release. Raises SAEError."""
         raise NotImplementedError
 
     def sha256(self) -> str:
-        """Hash over the files that make the SAE."""
-        raise NotImplementedError
+        """Hash over the files that make the SAE, and over what was said of them beside."""
+        layout = self._completed()
+        files = sha256_tree(layout.folder, layout.hashed)
+        said = {k: v for k, v in (("center", self.center), ("scale", self.scale)) if v is not None}
+        return digest([files, said]) if said else files
 
-    def load(self, site: Site) -> SAE:
-        """Read it for `site`. Raises SAEError if it was trained for another site."""
-        raise NotImplementedError
+    def load(self, site: Site) -> StoredSAE:
+        """Open it for `site`. Raises SAEError if it was trained for another site."""
+        from holdfast.saes.stored import StoredSAE
+
+        layout = self._completed()
+        if layout.site is not None:
+            try:
+                trained = Site.parse(layout.site)
+            except StudyError:
+                raise SAEError(
+                    f"{self.label}: trained at {layout.site!r}, which is no point of the residual "
+                    "stream; only residual SAEs are supported"
+                ) from None
+            if trained != site:
+                raise SAEError(
+                    f"{self.label}: trained at {trained}, asked for at {site}; an SAE of another "
+                    "site reads the wrong residual"
+                )
+        opened = StoredSAE(site, layout, self.label)
+        _ = opened.d_model  # a file that is not what its name says is found now
+        return opened
+
+    def _completed(self) -> Layout:
+        try:
+            layout = self.layout()
+        except SAEError as error:
+            raise SAEError(f"{self.label}: {error}") from None
+        inputs = layout.inputs
+        if self.center is not None:
+            inputs = replace(inputs, center=self.center)
+        if self.scale is not None:
+            inputs = replace(inputs, scale=self.scale)
+        if math.isnan(inputs.scale):
+            raise SAEError(
+                f"{self.label}: its inputs are scaled by a constant that its files do not hold; "
+                "give it as `scale` in the source: √d_model / mean residual norm in training"
+            )
+        return replace(layout, inputs=inputs)
 
 
 class Folder(SAESource):
-    """A folder in the SAELens layout: `cfg.json` and `sae_weights.safetensors`.
+    """A folder in the layout of SAELens, Gemma Scope, Llama Scope, dictionary_learning or sparsify.
 
-    Architectures `standard` (ReLU) and `jumprelu`, without input normalization. `path` may begin
-    with the name of a shipped subject (`organism:saes/1`).
+    The layout is recognized by the files, unless `format` names it. `path` may begin with the name
+    of a shipped subject (`organism:saes/1`).
     """
 
     kind: Literal["folder"] = "folder"
     path: str
+    format: FormatName | None = None
+
+    @property
+    def label(self) -> str:
+        return self.path
 
     def folder(self) -> Path:
-        folder = resolve(self.path)
-        for name in ("cfg.json", "sae_weights.safetensors"):
-            if not (folder / name).is_file():
-                raise SAEError(
-                    f"{self.path}: expected an SAELens folder with cfg.json and "
-                    f"sae_weights.safetensors; {name} is not there"
-                )
-        return folder
+        """Where it lies."""
+        return resolve(self.path)
 
-    def sha256(self) -> str:
-        return sha256_tree(self.folder(), ("cfg.json", "*.safetensors"))
-
-    def load(self, site: Site) -> SAE:
-        import torch
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        from holdfast.saes.sae import SAE
-
-        folder = self.folder()
-        try:
-            cfg = json.loads((folder / "cfg.json").read_text())
-            tensors = load_file(folder / "sae_weights.safetensors")
-        except (ValueError, SafetensorError) as error:  # ValueError: no JSON, or no text at all
-            raise SAEError(f"{self.path}: the SAE's files cannot be read: {error}") from None
-        if not isinstance(cfg, dict):
-            raise SAEError(f"{self.path}: cfg.json holds a {type(cfg).__name__}, not a table")
-        architecture = cfg.get("architecture")
-        # Before SAELens 6 a TopK SAE was a "standard" one with another activation function.
-        activation = cfg.get("activation_fn_str", "relu")
-        if architecture not in ("standard", "jumprelu") or activation != "relu":
-            named = architecture if activation == "relu" else activation
-            raise SAEError(
-                f"{self.path}: architecture {named!r} is not supported from a folder; "
-                "known: standard, jumprelu"
-            )
-        if "scaling_factor" in tensors or cfg.get("finetuning_scaling_factor"):
-            raise SAEError(
-                f"{self.path}: it has a scaling_factor per feature that is not folded into its "
-                "weights; fold it (SAELens: fold_activation_norm_scaling_factor, or multiply W_dec "
-                "row by row) and save it again"
-            )
-        normalization = cfg.get("normalize_activations", "none")
-        if normalization != "none":
-            raise SAEError(
-                f"{self.path}: normalize_activations is {normalization!r}, which makes the "
-                "features depend on the input's scale; only 'none' is supported"
-            )
-        hook = (cfg.get("metadata") or {}).get("hook_name") or cfg.get("hook_name")
-        if hook is not None and Site.parse(hook) != site:
-            raise SAEError(
-                f"{self.path}: trained at {Site.parse(hook)}, asked for at {site}; an SAE of "
-                "another site reads the wrong residual"
-            )
-        missing = {"W_enc", "W_dec", "b_enc", "b_dec"} - set(tensors)
-        if architecture == "jumprelu" and "threshold" not in tensors:
-            missing.add("threshold")
-        if missing:
-            raise SAEError(f"{self.path}: sae_weights.safetensors lacks {sorted(missing)}")
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        threshold = tensors.get("threshold", torch.zeros_like(tensors["b_enc"]))
-        if architecture == "standard":
-            threshold = torch.zeros_like(tensors["b_enc"])
-        return SAE(
-            site=site,
-            W_enc=tensors["W_enc"],
-            W_dec=tensors["W_dec"],
-            b_enc=tensors["b_enc"],
-            b_dec=tensors["b_dec"],
-            threshold=threshold,
-            subtract_b_dec=self._subtracts(cfg),
-            name=self.path,
-            sha256=self.sha256(),
-        )
-
-    def _subtracts(self, cfg: dict[str, Any]) -> bool:
-        """Whether the encoder reads x − b_dec: never guessed, since it moves every feature."""
-        value = cfg.get("apply_b_dec_to_input")
-        if not isinstance(value, bool):
-            raise SAEError(
-                f"{self.path}: cfg.json must say apply_b_dec_to_input = true or false, it says "
-                f"{value!r}; ask whoever trained it (SAELens took true where it was missing)"
-            )
-        return value
+    def layout(self) -> Layout:
+        return layout_of(self.folder(), self.format)
 
 
 class SAESpec(Config):

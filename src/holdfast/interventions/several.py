@@ -1,0 +1,33 @@
+"""Several interventions at once, on the same site or on others."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from holdfast.edits import Edit
+from holdfast.features import FeatureSet
+from holdfast.interventions import Intervention, InterventionKind
+from holdfast.subject import Subject
+
+
+class Several(InterventionKind):
+    """Interventions that act together; at one site in the order given, each on what the last left.
+
+    Where some have several strengths to choose from, every combination is tried on the tune split.
+    """
+
+    kind: Literal["several"] = "several"
+    of: Annotated[tuple[Intervention, ...], Field(min_length=1)]
+
+    def candidates(self) -> tuple[Several, ...]:
+        combinations = itertools.product(*(member.candidates() for member in self.of))
+        return tuple(self.model_copy(update={"of": members}) for members in combinations)
+
+    def clamped(self, found: FeatureSet) -> FeatureSet:
+        return FeatureSet.union([member.clamped(found) for member in self.of])
+
+    def edits(self, subject: Subject, features: FeatureSet) -> tuple[Edit, ...]:
+        return tuple(edit for member in self.of for edit in member.edits(subject, features))
