@@ -14,6 +14,8 @@ from holdfast.sites import Site
 from holdfast.subject import Subject
 from holdfast.testing import tiny_batch, tiny_subject
 
+pytest_plugins = ("tests.proves",)
+
 # Two shared cores: wall-clock deadlines per example would fail for the wrong reason.
 settings.register_profile("holdfast", deadline=None)
 settings.load_profile("holdfast")

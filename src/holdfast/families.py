@@ -1,7 +1,6 @@
 """Where each model family keeps its parts: a table, one row a family.
 
-Adding a family is adding a row: the dotted path of the decoder blocks, of the final norm, and of
-the unembedding, and the name of the config field that holds the final logit soft-cap, if any.
+Adding a family is adding a row. Nothing else in the package knows a family by name.
 """
 
 from __future__ import annotations
@@ -18,37 +17,120 @@ from holdfast.errors import SubjectError
 
 @dataclass(frozen=True)
 class Family:
-    """The parts of one model family, as dotted paths below the causal language model."""
+    """The parts of one model family.
+
+    blocks, final_norm: dotted paths below the causal language model; logit_softcap: the field of
+    its text config that holds the final logit soft-cap, if it has one; attention: the attention
+    implementations that compute what the family was trained with, the first by default; moe:
+    whether a router sends each token to some experts. Routing is discrete: gradients see only the
+    experts that were chosen, so a search over perturbations cannot see past a change of route.
+
+    The unembedding is what transformers names the model's output embeddings: its path changes
+    between versions (GPT-NeoX), that name does not.
+    """
 
     blocks: str
     final_norm: str
-    unembed: str
     logit_softcap: str | None = None
+    attention: tuple[str, ...] = ("sdpa", "eager")
+    moe: bool = False
 
     def blocks_of(self, model: nn.Module) -> nn.ModuleList:
-        blocks = model.get_submodule(self.blocks)
-        assert isinstance(blocks, nn.ModuleList)
+        """The decoder blocks. Raises SubjectError saying what is there instead and what to add."""
+        blocks = _descend(model, self.blocks)
+        if not isinstance(blocks, nn.ModuleList):
+            raise SubjectError(
+                f"{type(model).__name__} keeps no decoder blocks at {self.blocks!r}: "
+                f"{_where_it_ends(model, self.blocks)}. {_what_to_add(model)}"
+            )
         return blocks
 
-    def unembed_of(self, model: nn.Module, resid: Tensor) -> Tensor:
+    def unembed_of(self, model: Any, resid: Tensor) -> Tensor:
         """Logits `[... vocab]` of a final residual `[... d_model]`: norm, unembed, soft-cap."""
-        normed = model.get_submodule(self.final_norm)(resid)
-        logits = model.get_submodule(self.unembed)(normed)
-        cap = getattr(model.config, self.logit_softcap, None) if self.logit_softcap else None
+        norm = _descend(model, self.final_norm)
+        if norm is None:
+            raise SubjectError(
+                f"{type(model).__name__} keeps no final norm at {self.final_norm!r}: "
+                f"{_where_it_ends(model, self.final_norm)}. Correct `final_norm` in the family's "
+                "row of holdfast/families.py"
+            )
+        logits = model.get_output_embeddings()(norm(resid))
+        text = model.config.get_text_config()
+        cap = getattr(text, self.logit_softcap, None) if self.logit_softcap else None
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def attention_for(self, asked: str | None = None) -> str:
+        """The attention implementation to use. Raises SubjectError if it gets the family wrong."""
+        if asked is not None and asked not in self.attention:
+            raise SubjectError(
+                f"attention {asked!r} does not compute this family as it was trained: expected "
+                f"{' or '.join(map(repr, self.attention))} (sdpa leaves out attention soft-caps)"
+            )
+        return asked or self.attention[0]
+
+
+def d_model_of(config: Any) -> int:
+    """The width of the residual stream; a config of several modalities nests that of its text."""
+    return int(config.get_text_config().hidden_size)
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(blocks="model.layers", final_norm="model.norm", unembed="lm_head"),
+    "gpt2": Family("transformer.h", "transformer.ln_f"),
+    "gpt_neox": Family("gpt_neox.layers", "gpt_neox.final_layer_norm"),
+    "llama": Family("model.layers", "model.norm"),
+    "mistral": Family("model.layers", "model.norm"),
+    "mixtral": Family("model.layers", "model.norm", moe=True),
+    "qwen2": Family("model.layers", "model.norm"),
+    "qwen3": Family("model.layers", "model.norm"),
+    "qwen3_moe": Family("model.layers", "model.norm", moe=True),
+    "phi3": Family("model.layers", "model.norm"),
+    "gemma2": Family("model.layers", "model.norm", "final_logit_softcapping", ("eager",)),
+    "gemma3_text": Family("model.layers", "model.norm", "final_logit_softcapping"),
+    # The wrapper that also sees images applies no soft-cap to its logits.
+    "gemma3": Family("model.language_model.layers", "model.language_model.norm"),
 }
 
 
-def family_of(config: Any) -> Family:
-    """The row for a Hugging Face config. Raises SubjectError naming the known families."""
+def family_of(config: Any, model: nn.Module | None = None) -> Family:
+    """The row for a Hugging Face config. Raises SubjectError naming the known families and, given
+    the model, what its row could say."""
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         raise SubjectError(
             f"model family {model_type!r} is not in holdfast.families: "
-            f"{nearest(str(model_type), FAMILIES)}. Adding a row to that table adds a family."
+            f"{nearest(str(model_type), FAMILIES)}. {_what_to_add(model, str(model_type))}"
         )
     return FAMILIES[model_type]
+
+
+def _descend(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path; None if there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _where_it_ends(model: nn.Module, path: str) -> str:
+    """A sentence on how far a dotted path leads and what is there."""
+    found, here = "", model
+    for name in path.split("."):
+        children = dict(here.named_children())
+        if name not in children:
+            return f"{found or 'it'} has {', '.join(children) or 'no parts'}, and no {name!r}"
+        here, found = children[name], f"{found}.{name}".lstrip(".")
+    return f"{path} is a {type(here).__name__}"
+
+
+def _what_to_add(model: nn.Module | None, model_type: str = "the model's type") -> str:
+    """A sentence on the row that is missing, with the places where blocks could be."""
+    sentence = (
+        f"Adding the family is one row in holdfast/families.py: {model_type!r}: "
+        'Family("path.of.the.blocks", "path.of.the.final_norm")'
+    )
+    lists = [
+        f"{path} ({len(module)} × {type(module[0]).__name__})"
+        for path, module in ([] if model is None else model.named_modules())
+        if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    return sentence + (f"; its lists of modules are {', '.join(lists[:4])}" if lists else "")

@@ -8,7 +8,7 @@ the full forward pass in logits and gradients; a test holds it to 1e-5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +17,20 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.edits import Capture, Edit
+from holdfast.errors import EditError
 from holdfast.hooks import AttachedEdits, apply_edits, record_calls
 from holdfast.sites import Site
 from holdfast.subject import Subject
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of one block, without the residual."""
 
 
 class PrefixCache:
     """Keys and values of the prefix that are never changed: `update` returns prefix + new.
 
-    prefix: layer → (keys, values), each [n heads s₀ d_head], or empty without a prefix.
+    prefix: layer → (keys, values), each [n heads s₀ d_head], or empty without a prefix. In a layer
+    with a sliding window s₀ is cut to the window, as the recorded masks are.
     """
 
     def __init__(self, prefix: Sequence[tuple[Tensor, Tensor]]):
@@ -38,6 +43,42 @@ class PrefixCache:
             return keys, values
         old_keys, old_values = self.prefix[layer]
         return torch.cat([old_keys, keys], -2), torch.cat([old_values, values], -2)
+
+    def rows(self, rows: Tensor) -> PrefixCache:
+        return PrefixCache(tuple((keys[rows], values[rows]) for keys, values in self.prefix))
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `change` made to every leaf of its tuples, lists and dicts."""
+    if isinstance(value, tuple | list):
+        return type(value)([_mapped(change, item) for item in value])
+    if isinstance(value, dict):
+        return {name: _mapped(change, item) for name, item in value.items()}
+    return change(value)
+
+
+def _with_cache(call: Call, cache: PrefixCache, layer: int) -> Call:
+    """A recorded call that reads `cache` instead of the cache it was made with.
+
+    Families name that argument differently, or give it no name: it is known by its type.
+    """
+    from transformers import Cache
+
+    n_caches = 0
+
+    def change(value: Any) -> Any:
+        nonlocal n_caches
+        is_cache = isinstance(value, Cache)
+        n_caches += is_cache
+        return cache if is_cache else value
+
+    changed: Call = _mapped(change, call)
+    if n_caches != 1:
+        raise EditError(
+            f"block {layer} was called with {n_caches} key-value caches, expected one: without it "
+            "a replay would not see the prefix"
+        )
+    return changed
 
 
 @dataclass(frozen=True)
@@ -58,8 +99,8 @@ class Replay:
     columns: Tensor
     after: tuple[Edit, ...]
     above: tuple[Edit, ...]
-    prefix: tuple[tuple[Tensor, Tensor], ...]
-    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    cache: PrefixCache
+    calls: tuple[Call, ...]
 
     @classmethod
     def record(
@@ -93,7 +134,9 @@ class Replay:
                 attached.frame = batch.frame().columns(prefix_columns)
                 cls._pass(subject, batch, prefix_columns, cache)
             # The suffix pass appends to the cache by making new tensors; these stay the prefix.
-            prefix = tuple((layer.keys, layer.values) for layer in cache.layers) if start else ()
+            frozen = PrefixCache(
+                tuple((layer.keys, layer.values) for layer in cache.layers) if start else ()
+            )
             attached.frame = batch.frame().columns(suffix)
             calls = record_calls(blocks, lambda: cls._pass(subject, batch, suffix, cache))
         frame = batch.frame().columns(suffix)
@@ -109,8 +152,11 @@ class Replay:
             columns=columns,
             after=tuple(edit for edit in after if site in edit.sites),
             above=tuple(edit for edit in edits if any(s > site for s in edit.sites)),
-            prefix=prefix,
-            calls=tuple((args[1:], kwargs) for args, kwargs in calls),
+            cache=frozen,
+            calls=tuple(
+                _with_cache((args[1:], kwargs), frozen, layer)
+                for layer, (args, kwargs) in enumerate(calls)
+            ),
         )
 
     @staticmethod
@@ -127,17 +173,23 @@ class Replay:
     def __len__(self) -> int:
         return self.base.shape[0]
 
+    @property
+    def prefix(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Layer → keys and values of the prefix; empty without a prefix."""
+        return self.cache.prefix
+
     def rows(self, rows: Tensor) -> Replay:
         """The recording of some rows, in the order given; a row may be repeated (lanes)."""
         n = len(self)
+        cache = self.cache.rows(rows)
 
         def pick(value: Any) -> Any:
+            if isinstance(value, PrefixCache):
+                return cache
             if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == n and n > 1:
                 return value[rows]
             if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == n == 1:
                 return value.expand(len(rows), *value.shape[1:])
-            if isinstance(value, tuple):
-                return tuple(pick(item) for item in value)
             return value
 
         return replace(
@@ -145,11 +197,8 @@ class Replay:
             frame=self.frame.rows(rows),
             base=self.base[rows],
             columns=self.columns[rows],
-            prefix=tuple((keys[rows], values[rows]) for keys, values in self.prefix),
-            calls=tuple(
-                (pick(args), {name: pick(value) for name, value in kwargs.items()})
-                for args, kwargs in self.calls
-            ),
+            cache=cache,
+            calls=_mapped(pick, self.calls),
         )
 
     def residual(self) -> Tensor:
@@ -171,10 +220,9 @@ class Replay:
         x = (x.float() + placed).to(x.dtype)
         x = apply_edits(self.after, self.site, x, self.frame)
         blocks = self.subject.family.blocks_of(self.subject.model)
-        cache = PrefixCache(self.prefix)
         for layer in range(self.site.depth, len(blocks)):
             args, kwargs = self.calls[layer]
-            out = blocks[layer](x, *args, **{**kwargs, "past_key_values": cache})
+            out = blocks[layer](x, *args, **kwargs)
             x = out[0] if isinstance(out, tuple) else out
             x = apply_edits(self.above, Site(layer + 1), x, self.frame)
         return self.subject.family.unembed_of(self.subject.model, x[:, -1]).float()
