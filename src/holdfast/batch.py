@@ -101,6 +101,8 @@ class Batch:
         }
         assert all(size == b for size in sizes.values()), f"{b} ids but {sizes}"
         assert self.tokens.shape == self.positions.shape
+        padded_right = (self.positions[:, -1:] < 0).any()
+        assert not padded_right, "rows are padded on the left: the last column is read"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -119,6 +121,18 @@ class Batch:
         return Frame(
             self.ids, self.groups, self.positions, self.prompt_length, self.bos, self.template
         )
+
+    def extended(self, tokens: Tensor) -> Batch:
+        """The same rows with one more token each, tokens [b]; it counts as part of the prompt."""
+        return replace(
+            self,
+            tokens=torch.cat([self.tokens, tokens[:, None]], 1),
+            positions=torch.cat([self.positions, self.positions[:, -1:] + 1], 1),
+        )
+
+    def frame_of(self, prompts: Batch) -> Frame:
+        """The frame of rows that continue `prompts`: what follows these counts as generated."""
+        return replace(prompts.frame(), positions=self.positions)
 
     def rows(self, rows: Tensor | Sequence[int]) -> Batch:
         """Some rows; columns that are padding in all of them are dropped."""

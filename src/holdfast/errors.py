@@ -12,6 +12,8 @@ and impossible requests. Each message says what was expected, what came, and wha
     │   └── NonFiniteError      NaN or infinite logits
     ├── FeatureError            feature ids out of range, twice, or missing for a group
     ├── SplitError              prompts shared between splits that must be disjoint
+    ├── ConstraintError         a constraint that could not keep its promise on this SAE
+    ├── PreflightError          a check before the run found a fault
     ├── EmptyValidSetError      no prompt left to audit; carries the funnel
     ├── EditError               an edit that cannot be applied
     │   ├── EditNeverFiredError an edit that touched nothing
@@ -59,6 +61,14 @@ class FeatureError(HoldfastError):
 
 class SplitError(HoldfastError):
     """Prompts are shared between splits that must be disjoint."""
+
+
+class ConstraintError(HoldfastError):
+    """A constraint could not keep what it promises for this SAE."""
+
+
+class PreflightError(HoldfastError):
+    """A check before the run found what would make its results wrong."""
 
 
 class EmptyValidSetError(HoldfastError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
 from collections.abc import Sequence
 from copy import deepcopy
@@ -21,9 +22,9 @@ from holdfast.controls.none import NoControl
 from holdfast.discovery import DISCOVERIES, Discovery
 from holdfast.errors import HoldfastError, StudyError
 from holdfast.interventions import INTERVENTIONS, Intervention
+from holdfast.loading import SubjectSpec
 from holdfast.recovery import RecoverySpec
 from holdfast.setting import Data
-from holdfast.subject import SubjectSpec
 from holdfast.trial import SAEIdentity, SubjectIdentity, Trial
 from holdfast.verdict import VerdictRule
 
@@ -89,11 +90,27 @@ def bundled(name: str) -> str:
     return (files("holdfast") / "studies" / f"{name}.toml").read_text()
 
 
+def bundled_names() -> list[str]:
+    """The studies that are shipped with the package, by name."""
+    folder = files("holdfast") / "studies"
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
 def read_text(path: Path | str) -> str:
-    """A study file's text. Raises StudyError if there is none."""
-    path = Path(path)
+    """The text of a study file, or of a bundled study by its name. Raises StudyError if there is
+    neither."""
+    name, path = str(path), Path(path)
     if not path.is_file():
-        raise StudyError(f"no study file at {path}; `holdfast demo` shows one that works")
+        if name in bundled_names():
+            return bundled(name)
+        raise StudyError(
+            f"no study file at {path}, and no bundled study of that name; "
+            f"{nearest(name, bundled_names())}"
+        )
     try:
         return path.read_text()
     except UnicodeDecodeError as error:
@@ -160,9 +177,13 @@ def _toml_value(text: str) -> Any:
         return text
 
 
+_PART = re.compile(r'"([^"]+)"|([^."]+)')
+
+
 def _put(data: Any, path: str, value: Any) -> None:
-    """Set a dotted path; a number is an index into a list. Raises StudyError on a dead end."""
-    parts = path.split(".")
+    """Set a dotted path; a number is an index into a list, and a part in double quotes may hold
+    dots, as in TOML. Raises StudyError on a dead end."""
+    parts = [quoted or bare for quoted, bare in _PART.findall(path)]
     here = data
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
@@ -237,7 +258,9 @@ def identify(spec: SubjectSpec) -> SubjectIdentity:
         name=Path(spec.model).name,
         weights_sha256=spec.weights_sha256(),
         dtype=spec.dtype,
-        attention=spec.attention,
+        attention=spec.attention_used(),
+        quantization=spec.quantization,
+        prepend_bos=spec.prepend_bos,
         saes=tuple(SAEIdentity(site=sae.site, sha256=sae.source.sha256()) for sae in spec.saes),
     )
 

@@ -4,83 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.batch import Batch, Example
-from holdfast.canonical import sha256_tree
-from holdfast.config import Config, nearest
 from holdfast.edits import Edit, Placed
 from holdfast.errors import NonFiniteError, SAEError, SubjectError
-from holdfast.families import Family, family_of
+from holdfast.families import Family, d_model_of, family_of
 from holdfast.hooks import AttachedEdits
-from holdfast.organism.assets import SHIPPED, resolve
+from holdfast.loading import SubjectSpec, load_model
 from holdfast.saes.sae import SAE
-from holdfast.saes.sources import SAESpec
 from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
-
-
-class SubjectSpec(Config):
-    """What a study says of its subject.
-
-    model: a shipped name, a folder, or a hub id (the only thing that reaches for the network).
-    attention: transformers' attention implementation.
-    """
-
-    model: str
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    saes: tuple[SAESpec, ...] = Field(min_length=1)
-
-    def folder(self) -> Path:
-        """The folder the model is loaded from, downloaded first if it is a hub id.
-
-        Raises SubjectError if the name is no shipped subject, no folder and no reachable hub id.
-        """
-        folder = resolve(self.model)
-        if (folder / "config.json").is_file():
-            return folder
-        if folder.exists() or self.model.startswith((".", "/", "~")) or self.model in SHIPPED:
-            raise SubjectError(
-                f"model {self.model!r}: expected a folder with config.json and safetensors weights"
-                f", found {'no config.json in it' if folder.exists() else 'nothing there'}"
-            )
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-
-        try:
-            return Path(
-                snapshot_download(
-                    self.model,
-                    revision=self.revision,
-                    allow_patterns=[*_WEIGHTS, "*.json", "*.model"],
-                )
-            )
-        except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise SubjectError(
-                f"model {self.model!r} is no shipped subject, no folder, and the hub gave "
-                f"{type(error).__name__}. {nearest(self.model, SHIPPED)}"
-            ) from None
-
-    def weights_sha256(self) -> str:
-        """Hash over the model's weights, configuration and tokenizer."""
-        return sha256_tree(self.folder(), _WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -97,46 +37,19 @@ class Subject:
     saes: Mapping[Site, SAE | StoredSAE]
     family: Family
     batch_size: int = 128
+    prepend_bos: bool = False
 
     @classmethod
     def load(cls, spec: SubjectSpec, device: str = "cpu", batch_size: int = 128) -> Subject:
-        """Load model, tokenizer and SAEs. Raises SubjectError or SAEError."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # ours says what is going on
-        folder = spec.folder()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation=spec.attention,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            # What transformers raises for damaged files differs by file and version.
-            raise SubjectError(f"model {spec.model!r} cannot be loaded: {error}") from None
-        # transformers fills what is missing with random weights and only logs it. Tied weights are
-        # not among the missing.
-        lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
-        if lacking:
-            raise SubjectError(
-                f"model {spec.model!r}: its files lack {len(lacking)} weights of the architecture "
-                f"(first: {lacking[:3]}); they would be random numbers"
-            )
-        from holdfast.organism.projected import attach_projection
-
-        attach_projection(model, folder)
-        model.to(device).eval().requires_grad_(False)
+        """Load model, tokenizer and SAEs. Raises SubjectError, DeviceError or SAEError."""
         saes = {}
-        for sae_spec in spec.saes:
+        for sae_spec in spec.saes:  # before the model, which takes longer to load
             site = Site.parse(sae_spec.site)
             if site in saes:
                 raise SAEError(f"two SAEs are named for {site}")
-            saes[site] = sae_spec.source.load(site).to(device)
-        return cls.of(spec.model, model, tokenizer, saes, batch_size)
+            saes[site] = sae_spec.source.load(site)
+        model, tokenizer = load_model(spec, device)
+        return cls.of(spec.model, model, tokenizer, saes, batch_size, spec.prepend_bos)
 
     @classmethod
     def of(
@@ -146,19 +59,38 @@ class Subject:
         tokenizer: PreTrainedTokenizerBase,
         saes: Mapping[Site, SAE | StoredSAE],
         batch_size: int = 128,
+        prepend_bos: bool = False,
     ) -> Subject:
-        """Put loaded parts together. Raises SAEError if an SAE does not fit the model."""
-        family = family_of(model.config)
-        n_blocks = len(family.blocks_of(model))
+        """Put loaded parts together; SAEs go where their site's residual is.
+
+        Raises SAEError if an SAE does not fit the model, SubjectError for an unknown family, an
+        attention implementation that computes it wrong, or a tokenizer without a BOS to prepend.
+        """
+        family = family_of(model.config, model)
+        blocks, d_model = family.blocks_of(model), d_model_of(model.config)
+        family.attention_for(getattr(model.config, "_attn_implementation", None))
+        placed = {}
         for site, sae in saes.items():
-            if site.depth > n_blocks:
-                raise SAEError(f"{name} has {n_blocks} blocks, so there is no site {site}")
-            if sae.d_model != model.config.hidden_size:
+            if site.depth > len(blocks):
+                raise SAEError(f"{name} has {len(blocks)} blocks, so there is no site {site}")
+            if sae.d_model != d_model:
                 raise SAEError(
-                    f"the SAE at {site} reads d_model {sae.d_model}, {name} has "
-                    f"{model.config.hidden_size}: it was trained on another model"
+                    f"the SAE at {site} reads d_model {sae.d_model}, {name} has {d_model}: it was "
+                    "trained on another model"
                 )
-        return cls(name, model, tokenizer, saes, family, batch_size)
+            placed[site] = sae.to(_device_of(blocks[max(site.layer, 0)]))
+        if prepend_bos and tokenizer.bos_token_id is None:
+            raise SubjectError(f"prepend_bos: the tokenizer of {name} has no BOS token")
+        return cls(name, model, tokenizer, placed, family, batch_size, prepend_bos)
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return d_model_of(self.model.config)
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.family.blocks_of(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -183,13 +115,16 @@ class Subject:
             )
         return ids[0]
 
+    def encode(self, example: Example) -> list[int]:
+        """The token ids of a prompt, with BOS in front if the subject is to prepend it."""
+        row = self.tokenizer.encode(example.text, add_special_tokens=example.special)
+        bos = self.tokenizer.bos_token_id
+        return [bos, *row] if self.prepend_bos and row[:1] != [bos] else row
+
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Tokenize, left-pad, and number positions from 0. Raises SubjectError on a doubled BOS."""
         bos = self.tokenizer.bos_token_id
-        rows = [
-            self.tokenizer.encode(example.text, add_special_tokens=example.special)
-            for example in examples
-        ]
+        rows = [self.encode(example) for example in examples]
         for example, row in zip(examples, rows, strict=True):
             if bos is not None and row[:2] == [bos, bos]:
                 raise SubjectError(
@@ -234,7 +169,8 @@ class Subject:
         )["offset_mapping"]
         start = len(example.text) - len(example.suffix)
         inside = [i for i, (begin, end) in enumerate(offsets) if begin >= start and end > begin]
-        return inside[0] if inside else len(row)
+        prepended = len(row) - len(offsets)
+        return inside[0] + prepended if inside else len(row)
 
     # ------------------------------------------------------------------ forward passes
 
@@ -338,3 +274,10 @@ class Subject:
         for edit in edits:
             if isinstance(edit, Placed):
                 edit.check_inside(batch, n_generated)
+
+
+def _device_of(block: nn.Module) -> torch.device:
+    """Where a block computes: with accelerate's offloading that is not where its weights lie."""
+    hook = getattr(block, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else next(block.parameters()).device

@@ -79,6 +79,35 @@ def random_sae(
     )
 
 
+def fitted_sae(site: Site, x: Tensor, n_features: int | None = None) -> SAE:
+    """An SAE that reconstructs residuals x [tokens d_model]: one feature for each half of each
+    principal direction, the rest never fires. n_features: at least 4·d_model, 8·d_model if left out.
+
+    Read as it is written it explains all of the variance; read otherwise, or elsewhere, less. That
+    is what preflight looks for in a real one.
+    """
+    d = x.shape[1]
+    n = 8 * d if n_features is None else n_features
+    assert n >= 4 * d, f"{n} features cannot be sparse in {d} directions"
+    mean = x.mean(0)
+    directions = torch.linalg.svd(x - mean, full_matrices=True).Vh
+    W_dec = torch.zeros(n, d)
+    W_dec[: 2 * d] = torch.cat([directions, -directions])
+    W_dec[2 * d :] = directions[torch.arange(n - 2 * d) % d]
+    b_enc = torch.zeros(n)
+    b_enc[2 * d :] = -1e4  # far below any residual
+    return SAE(
+        site=site,
+        W_enc=W_dec.T.contiguous(),
+        W_dec=W_dec,
+        b_enc=b_enc,
+        b_dec=mean,
+        threshold=torch.zeros(n),
+        subtract_b_dec=True,
+        name=f"fitted:{site}",
+    )
+
+
 def tiny_subject(
     seed: int = 0, sites: Sequence[Site] = (Site(1), Site(2)), batch_size: int = 128
 ) -> Subject:

@@ -45,6 +45,8 @@ class SubjectIdentity(Config):
     weights_sha256: str
     dtype: str
     attention: str
+    quantization: str | None = None
+    prepend_bos: bool = False
     saes: tuple[SAEIdentity, ...]
 
 
@@ -63,8 +65,8 @@ class Trial(Config):
     control: Control
 
     def canonical(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return self.model_dump(mode="json", by_alias=True)
+        """As plain JSON types, without the paths of what is known by its hash."""
+        return self.model_dump(mode="json", by_alias=True, context={"identity": True})
 
     @property
     def id(self) -> str:
@@ -245,7 +247,7 @@ def _result(
     exact: bool,
 ) -> dict[str, Any]:
     clusters = case.batch.clusters
-    recovered = checks.margin > 0
+    recovered = checks.recovered
     smallest = recovery.smallest_norm.double() / problem.reference_norm.double()
     reached = ~smallest.isnan()
     measurements: list[Measurement] = [
@@ -289,6 +291,11 @@ def _result(
             "firings_kept_mean": float(checks.firings_kept.nanmean()),
             "displacement_mean": float(checks.displacement.nanmean()),
             "gate_flips": int(checks.gate_flips.sum()),
+            "n_overtaken": int((checks.overtaken > 0).sum()),
+            "rounding_floor_mean": float(checks.rounding_floor.mean()),
+            "rounding_floor_max": float(checks.rounding_floor.max()),
+            "preactivation_drift_mean": float(checks.preactivation_drift.mean()),
+            "guarantee": problem.held.guarantee,
             "norm_relative_max": float(checks.norm_relative.max()),
             "budget_relative": float((problem.radius / problem.reference_norm).max()),
             "exact": exact,
@@ -325,7 +332,7 @@ def _examples(
                 "suppressed_margin": float(setting.suppressed_margin[index]),
                 "dropped": dropped.get(example, ""),
                 "outcome": "" if row is None else recovery.outcomes[row],
-                "recovered": row is not None and bool(checks.margin[row] > 0),
+                "recovered": row is not None and bool(checks.recovered[row]),
                 **{
                     name: float("nan") if row is None else float(values[row])
                     for name, values in columns.items()

@@ -19,6 +19,10 @@ DECIDES = "wrong_target"
 MAX_EXACT_DRIFT = 1e-5
 """Largest drift under an exact constraint that counts as rounding in float32 (measured: 3e-8)."""
 
+MAX_OVER_FLOOR = 1.5
+"""Largest mean drift, in units of what rounding to the model's precision alone makes, that counts
+as rounding in a lower one."""
+
 CAVEAT = "ignorant"
 """A control in another model, whose costs are not strictly comparable: it qualifies a verdict."""
 
@@ -120,8 +124,9 @@ def judge(
     counts = record["result"]["outcome"]["counts"]
     stages = record["result"]["funnel"]["stages"]
     n, n_recovered = stages["valid"], stages["recovered"]
-    drift = record["result"]["checks"]["preactivation_drift_max"]
-    if record["result"]["checks"].get("exact") and drift is not None and drift > MAX_EXACT_DRIFT:
+    checks = record["result"]["checks"]
+    drift = checks["preactivation_drift_max"]
+    if checks.get("exact") and drift is not None and not _is_rounding(checks):
         return Judgement(
             verdict="undecided",
             sentence=(
@@ -147,6 +152,11 @@ def judge(
             separations=tuple(separations),
         )
     found = f"recovered on {n_recovered} of {n} prompts"
+    if overtaken := checks.get("n_overtaken", 0):
+        found += (
+            f" (on {overtaken} others a feature overtook a held one among the k largest, so the "
+            "hold is approximate there and they do not count)"
+        )
     if wrong is None:
         verdict: Verdict = "undecided"
         why = ", but no wrong target was tried: forcing is not told from recovering"
@@ -175,6 +185,14 @@ def judge(
                 f"({caveat.sentence}), so its cost alone does not show knowledge"
             )
     return Judgement(verdict=verdict, sentence=found + why, separations=tuple(separations))
+
+
+def _is_rounding(checks: Mapping[str, Any]) -> bool:
+    """Whether the drift under an exact constraint is no more than rounding makes."""
+    if checks["preactivation_drift_max"] <= MAX_EXACT_DRIFT:
+        return True
+    mean, floor = checks.get("preactivation_drift_mean"), checks.get("rounding_floor_mean")
+    return mean is not None and floor is not None and mean <= MAX_OVER_FLOOR * floor
 
 
 def _norms(rows: Rows) -> dict[str, float]:

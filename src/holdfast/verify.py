@@ -12,12 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.batch import Batch
+from holdfast.batch import Batch, Frame
 from holdfast.edits import Capture, Edit, FeatureEdit, Perturbation
 from holdfast.features import EVERY_GROUP
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
+from holdfast.subspace import NullSpace
+
+N_DRAWS = 8
+"""Random vectors per prompt that the rounding floor is averaged over."""
 
 TAU = 0.01
 """Floor of the relative drift's denominator, as a share of √|S| · median active value."""
@@ -33,6 +37,10 @@ class Checks:
     one (decoder rows overlap, so a clamp does not re-encode to what it set). firings_kept: share of
     the features that fired before the clamp in the reference which still do. displacement: norm of
     what the clamp adds, relative to the reference. gate_flips: features that turned on or off.
+    overtaken: of these, those of a TopK, whose own pre-activation did not have to move.
+    rounding_floor: the preactivation_drift of random vectors in the encoder's null space, of the
+    same norm, that have only been rounded to the model's precision: no exact constraint can be
+    expected to do better.
     """
 
     margin: Tensor
@@ -47,6 +55,13 @@ class Checks:
     firings_kept: Tensor
     displacement: Tensor
     gate_flips: Tensor
+    overtaken: Tensor
+    rounding_floor: Tensor
+
+    @property
+    def recovered(self) -> Tensor:
+        """[n] bool: the behavior is back, and no held feature was overtaken on the way."""
+        return (self.margin > 0) & (self.overtaken == 0)
 
 
 def verify(
@@ -101,6 +116,7 @@ def verify(
     displaced_now = _norm((recovered.clamped - recovered.before).double())
     h_norm = _norm(torch.where(here, h_ref, 0.0))
     norm = perturbation.norm
+    flips = (((z_ref > 0) != (z_rec > 0)) & valid).sum((1, 2)).double()
     return Checks(
         margin=batch.margin(recovered.logits).double(),
         norm=norm,
@@ -113,8 +129,39 @@ def verify(
         clamp_mismatch=clamp_mismatch,
         firings_kept=torch.where(n_fired > 0, still.sum((1, 2)) / n_fired, nan),
         displacement=torch.where(displaced > 0, displaced_now / displaced, nan),
-        gate_flips=(((z_ref > 0) != (z_rec > 0)) & valid).sum((1, 2)).double(),
+        gate_flips=flips,
+        overtaken=flips if bank.guarantee == "margin" else torch.zeros_like(flips),
+        rounding_floor=_rounding_floor(subject, bank, frame, reference.after, perturbation),
     )
+
+
+def _rounding_floor(
+    subject: Subject, bank: FeatureBank, frame: Frame, h: Tensor, perturbation: Perturbation
+) -> Tensor:
+    """[n] mean over draws of the drift that rounding alone makes of null-space vectors.
+
+    h [n p d]: the reference residual. NaN where the SAE normalizes tokens: it has no null space.
+    """
+    if bank.guarantee == "none":
+        return torch.full((len(h),), torch.nan, dtype=torch.float64, device=h.device)
+    space = NullSpace.of(bank.W_enc, bank.valid, bank.slices(frame))
+    delta = torch.stack(list(perturbation.deltas.values())).sum(0).to(h.device)
+    length = delta.norm(dim=-1, keepdim=True)
+    scale = bank.W_enc.norm(dim=1)[bank.slices(frame)][:, None].clamp_min(1e-30)
+    scale = scale * h.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    valid = bank.valid[bank.slices(frame)][:, None]
+    generator = torch.Generator().manual_seed(0)
+    drifts = []
+    for _ in range(N_DRAWS):
+        v = space.retract(torch.randn(h.shape, generator=generator).to(h.device))
+        v = v * length / v.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        rounded = (h.float() + v).to(subject.model.dtype)
+        moved = bank.preactivations(rounded.double(), frame) - bank.preactivations(
+            h.double(), frame
+        )
+        here = valid & (perturbation.positions >= 0).to(h.device)[..., None]
+        drifts.append((torch.where(here, moved.abs(), 0.0) / scale).amax((1, 2)))
+    return torch.stack(drifts).mean(0).double()
 
 
 @dataclass(frozen=True)

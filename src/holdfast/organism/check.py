@@ -18,6 +18,7 @@ from holdfast.edits import Capture, Edit, FeatureEdit
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.finding import Finding
 from holdfast.interventions.clamp import Clamp
+from holdfast.loading import SubjectSpec
 from holdfast.organism.assets import ASSETS, SHIPPED
 from holdfast.organism.corpus import (
     REFUSAL,
@@ -33,7 +34,7 @@ from holdfast.saes.sources import Folder, SAESpec
 from holdfast.setting import prepare
 from holdfast.sites import Site
 from holdfast.study import bundled, parse
-from holdfast.subject import Subject, SubjectSpec
+from holdfast.subject import Subject
 
 MIN_VALID = 40
 MIN_EXPLAINED = 0.9

@@ -23,11 +23,12 @@ from holdfast.behaviors.ioi import IOI
 from holdfast.discovery.attribution import Attribution
 from holdfast.edits import Capture
 from holdfast.features import FeatureSet
+from holdfast.loading import SubjectSpec
 from holdfast.organism.projected import project, save_projection
 from holdfast.saes.sources import Folder, SAESpec
 from holdfast.setting import Data
 from holdfast.sites import Site
-from holdfast.subject import Subject, SubjectSpec
+from holdfast.subject import Subject
 from holdfast.subspace import orthonormal_basis
 
 SITE = Site(2)

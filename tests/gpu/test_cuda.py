@@ -1,0 +1,95 @@
+"""On CUDA: the same numbers as on the CPU, to the precision of another order of summation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.constraints.encoder_null import EncoderNull
+from holdfast.edits import FeatureEdit, Perturbation
+from holdfast.executor import Runtime
+from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.recovery import Budget, RecoverySpec, recover
+from holdfast.replay import Replay
+from holdfast.run import run_study
+from holdfast.saes.bank import FeatureBank
+from holdfast.sites import Site
+from holdfast.study import bundled, parse, plan
+from holdfast.subject import Subject
+from holdfast.testing import (
+    random_sae,
+    tiny_batch,
+    tiny_model,
+    tiny_problem,
+    tiny_subject,
+    tiny_tokenizer,
+)
+from holdfast.verdict import MAX_OVER_FLOOR
+from holdfast.verify import verify
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+SITE = Site(2)
+FEATURES = FeatureSet(entries=(SiteFeatures(site=str(SITE), ids=(1, 5, 9)),), source="test")
+
+
+def on_cuda(dtype: torch.dtype = torch.float32) -> Subject:
+    model: Any = tiny_model()
+    tokenizer: Any = tiny_tokenizer()
+    saes = {SITE: random_sae(SITE)}
+    return Subject.of("tiny", model.to("cuda", dtype), tokenizer, saes)
+
+
+def test_outputs_generation_and_replay_equal_the_cpu() -> None:
+    here, there = tiny_subject(), on_cuda()
+    batch, same = tiny_batch(here, 6), tiny_batch(there, 6)
+    delta = torch.randn(6, 1, 32)
+    positions = batch.prompt_length[:, None] - 1
+    for subject, b in ((here, batch), (there, same)):
+        device = subject.device
+        clamp = FeatureEdit(FeatureBank.of(subject.sae(SITE), FEATURES), "set", 2.0)
+        push = Perturbation(b.ids, positions.to(device), {SITE: delta.to(device)})
+        full = subject.outputs(b, (clamp, push))[:, -1]
+        replay = Replay.record(subject, b, SITE, positions.to(device), before=(clamp,))
+        torch.testing.assert_close(replay.logits(delta.to(device)), full, rtol=1e-4, atol=1e-4)
+        if subject is here:
+            expected, made = full, subject.generate(b, (clamp,), 6)
+        else:
+            torch.testing.assert_close(full.cpu(), expected, rtol=1e-3, atol=1e-3)
+            assert torch.equal(subject.generate(b, (clamp,), 6).cpu(), made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exact_constraint_holds_on_the_gpu(dtype: torch.dtype) -> None:
+    subject = on_cuda(dtype)
+    batch = tiny_batch(subject, 24)
+    bank = FeatureBank.of(subject.sae(SITE), FEATURES)
+    spec = RecoverySpec(constraint=EncoderNull(), steps=20, doublings=1, budget=Budget(relative=1))
+    found = recover(tiny_problem(subject, batch, bank), spec, seed=0)
+    push = Perturbation(batch.ids, batch.prompt_length[:, None] - 1, {SITE: found.delta})
+    checks = verify(subject, batch, (), push, bank, {"*": 1.0}, True)
+    if dtype == torch.float32:
+        assert checks.preactivation_drift.max() < 1e-6
+    else:
+        floor = checks.rounding_floor.mean()
+        assert checks.preactivation_drift.mean() <= MAX_OVER_FLOOR * floor
+
+
+@pytest.mark.slow
+def test_the_demo_comes_to_the_same_verdicts(tmp_path: Path) -> None:
+    study = parse(bundled("demo"), limit=24)
+    verdicts = {}
+    for device in ("cpu", "cuda"):
+        report = run_study(plan(study), tmp_path / device, Runtime(device))
+        verdicts[device] = {
+            (row["audit"], row["constraint"]): row["verdict"]
+            for row in report.summary["trials"]
+            if row["control"] == "none" and row["constraint"] == "encoder_null"
+        }
+    assert verdicts["cpu"] == verdicts["cuda"]

@@ -1,0 +1,176 @@
+"""Models from files: precision, quantization, placement, attention, BOS: as the study says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast import loading
+from holdfast.batch import Example
+from holdfast.constraints.encoder_null import EncoderNull
+from holdfast.edits import Perturbation
+from holdfast.errors import DeviceError, SubjectError
+from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.loading import SubjectSpec, load_model
+from holdfast.recovery import Budget, RecoverySpec, recover
+from holdfast.saes.bank import FeatureBank
+from holdfast.saes.sources import Folder, SAESpec
+from holdfast.sites import Site
+from holdfast.study import identify
+from holdfast.subject import Subject
+from holdfast.testing import random_sae, tiny_batch, tiny_model, tiny_problem, tiny_tokenizer
+from tests.families import family_subject
+
+SITE = Site(2)
+
+
+def saved(path: Path, model: Any, **config: Any) -> Path:
+    model.save_pretrained(path)
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.save_pretrained(path)
+    told = json.loads((path / "config.json").read_text()) | config
+    (path / "config.json").write_text(json.dumps(told))
+    return path
+
+
+def spec(path: Path, **fields: Any) -> SubjectSpec:
+    source = Folder(path="organism:saes/1")  # never read here
+    return SubjectSpec(model=str(path), saes=(SAESpec(site=str(SITE), source=source),), **fields)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("llama"), tiny_model())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_come_in_the_precision_asked_for(llama: Path, dtype: Any) -> None:
+    model, _ = load_model(spec(llama, dtype=dtype), "cpu")
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors"])
+def test_a_quantization_without_gradients_is_refused_with_the_reason(
+    tmp_path: Path, method: str
+) -> None:
+    path = saved(tmp_path / "m", tiny_model(), quantization_config={"quant_method": method})
+    with pytest.raises(SubjectError, match=rf"'{method}'.*no backward pass.*bitsandbytes"):
+        load_model(spec(path), "cpu")
+
+
+def test_bitsandbytes_is_let_through_or_says_what_to_install(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(SubjectError, match="pip install bitsandbytes"):
+        spec(llama, quantization="8bit").check_quantization()
+    monkeypatch.setattr(loading, "find_spec", lambda name: object())
+    for stored in ({"quant_method": "bitsandbytes"}, None):
+        monkeypatch.setattr(
+            SubjectSpec, "_config", lambda self, stored=stored: {"quantization_config": stored}
+        )
+        spec(llama, quantization="4bit").check_quantization()
+
+
+def test_the_quantization_reaches_transformers(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes itself needs its own kernels; what it is asked for is checked here."""
+    monkeypatch.setattr(loading, "find_spec", lambda name: object())
+    for asked, wanted in (("8bit", (True, False)), ("4bit", (False, True))):
+        placed = loading._placement(spec(llama, quantization=asked, dtype="bfloat16"), "cuda:0")
+        config = placed["quantization_config"]
+        assert (config.load_in_8bit, config.load_in_4bit) == wanted
+        assert config.bnb_4bit_compute_dtype == torch.bfloat16
+        assert placed["device_map"] == {"": "cuda:0"}
+
+
+def test_placement_needs_accelerate_and_says_so(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match="pip install accelerate"):
+        load_model(spec(llama), "auto")
+
+
+def test_blocks_spread_over_devices_give_the_same_search(llama: Path, tmp_path: Path) -> None:
+    """accelerate wraps every block and moves its weights in and out: edits, replay and search must
+    not notice. Here the places are this machine's memory and its disk."""
+    from transformers import AutoModelForCausalLM
+
+    places: dict[str, Any] = {
+        "model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu",
+        "model.layers.1": "disk", "model.layers.2": "disk", "model.norm": "cpu", "lm_head": "disk",
+    }  # fmt: skip
+    spread = AutoModelForCausalLM.from_pretrained(
+        llama, device_map=places, offload_folder=tmp_path / "offload", dtype=torch.float32
+    ).requires_grad_(False)
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    whole, tokenizer = load_model(spec(llama), "cpu")
+    results = []
+    for model in (whole, spread):
+        sae = random_sae(SITE)
+        subject = Subject.of("tiny", model, tokenizer, {SITE: sae})
+        batch = tiny_batch(subject, 6)
+        features = FeatureSet(entries=(SiteFeatures(site=str(SITE), ids=(1, 5, 9)),), source="test")
+        bank = FeatureBank.of(subject.sae(SITE), features)
+        found = recover(
+            tiny_problem(subject, batch, bank),
+            RecoverySpec(constraint=EncoderNull(), steps=5, doublings=1, budget=Budget(relative=1)),
+            seed=0,
+        )
+        edit = Perturbation(batch.ids, batch.prompt_length[:, None] - 1, {SITE: found.delta})
+        results.append((found.delta, subject.outputs(batch, (edit,)), subject.generate(batch)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_auto_places_a_model_that_fits_in_one_piece(llama: Path) -> None:
+    model, tokenizer = load_model(spec(llama), "auto")
+    subject = Subject.of("tiny", model, tokenizer, {SITE: random_sae(SITE)})
+    plain, _ = load_model(spec(llama), "cpu")
+    other = Subject.of("tiny", plain, tokenizer, {SITE: random_sae(SITE)})
+    batch = tiny_batch(subject, 4)
+    torch.testing.assert_close(subject.outputs(batch).cpu(), other.outputs(batch))
+
+
+def test_gemma_2_gets_eager_attention_unless_asked_for_what_is_wrong(tmp_path: Path) -> None:
+    path = saved(tmp_path / "gemma", family_subject("gemma2", "eager").model)
+    assert spec(path).attention_used() == "eager"
+    model, _ = load_model(spec(path), "cpu")
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(SubjectError, match=r"'sdpa'.*'eager'.*soft-caps"):
+        load_model(spec(path, attention="sdpa"), "cpu")
+
+
+def test_what_changes_numbers_is_part_of_the_identity(llama: Path) -> None:
+    own = identify(spec(llama))
+    assert own.attention == "sdpa", "the one used, where the study names none"
+    assert identify(spec(llama, attention="sdpa")) == own
+    for changed in (
+        {"dtype": "bfloat16"}, {"attention": "eager"}, {"quantization": "8bit"},
+        {"prepend_bos": True},
+    ):  # fmt: skip
+        assert identify(spec(llama, **changed)) != own, changed
+
+
+def test_bos_is_prepended_once_where_asked(llama: Path) -> None:
+    model, tokenizer = load_model(spec(llama), "cpu")
+    saes = {SITE: random_sae(SITE)}
+    asked = Subject.of("tiny", model, tokenizer, saes, prepend_bos=True)
+    plain = replace(asked, prepend_bos=False)
+    with_own = Example("a", "w1 w2", "w3", ("w4",), ("w5",), "a")
+    without = replace(with_own, id="b", special=False)
+    bos = tokenizer.bos_token_id
+    assert asked.encode(with_own) == plain.encode(with_own)
+    assert asked.encode(without) == [bos, *plain.encode(without)]
+    assert asked.encode(without).count(bos) == 1
+    tokenizer.bos_token = None
+    with pytest.raises(SubjectError, match="no BOS token"):
+        Subject.of("tiny", model, tokenizer, saes, prepend_bos=True)
