@@ -20,7 +20,6 @@ from torch import Tensor
 
 from benchmarks.harness import BenchmarkError, Bound, Cell, Options, Result, timings
 from benchmarks.published import LongClamp, PublishedSearch
-from holdfast.ascent import into_ball
 from holdfast.batch import Batch, margin_of
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.features import FeatureSet, SiteFeatures
@@ -30,7 +29,7 @@ from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.steppers import Steepest
 from holdfast.subject import Subject
-from holdfast.subspace import NullSpace
+from holdfast.subspace import NullSpace, into_ball
 from holdfast.testing import random_sae, tiny_tokenizer
 
 SPEEDUP = 20.0
@@ -173,12 +172,12 @@ def busiest(subject: Subject, batch: Batch, site: Site, n: int) -> tuple[int, ..
 def record(problem: Problem, edit: FeatureEdit) -> Replay:
     positions = problem.batch.prompt_length[:, None] - 1
     replay = problem.replay
-    return Replay.record(replay.subject, problem.batch, replay.site, positions, before=(edit,))
+    return Replay.record(replay.subject, problem.batch, replay.sites[0], positions, before=(edit,))
 
 
 def published(problem: Problem, edit: FeatureEdit, with_drift: bool) -> list[PublishedSearch]:
     """The published search on each prompt."""
-    subject, batch, site = problem.replay.subject, problem.batch, problem.replay.site
+    subject, batch, site = problem.replay.subject, problem.batch, problem.replay.sites[0]
     sae = subject.sae(site)
     wanted = edit.bank.W_dec[0]
     ids = torch.cat([(sae.W_dec == row).all(1).nonzero()[0] for row in wanted])
@@ -198,7 +197,7 @@ def full_margin(problem: Problem, edit: FeatureEdit, delta: Tensor) -> Tensor:
     """[n] the margin of a batched full forward pass with clamp and perturbation on."""
     batch, replay = problem.batch, problem.replay
     positions = batch.prompt_length[:, None] - 1
-    perturbation = Perturbation(batch.ids, positions, {replay.site: delta})
+    perturbation = Perturbation(batch.ids, positions, {replay.sites[0]: delta})
     logits = replay.subject.forward_with_gradients(batch, (edit, perturbation))
     return margin_of(logits, batch.targets, batch.rivals)
 
@@ -208,7 +207,7 @@ class Step:
 
     def __init__(self, problem: Problem, margin: Callable[[Tensor], Tensor]):
         self.problem, self.margin, self.stepper = problem, margin, Steepest()
-        held = problem.held
+        held = problem.held[problem.sites[0]]
         self.sets = NullSpace.of(held.W_enc, held.valid, held.slices(problem.batch.frame()))
         self.delta = torch.zeros(problem.shape)
         self.state = self.stepper.start(self.delta)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Bound, Cell, Options, Result, progress
-from holdfast.ascent import Ascent, Climb, ascend, into_ball, norms
+from holdfast.ascent import Ascent, Climb, ascend
 from holdfast.controls import Case
 from holdfast.executor import Runtime, load_lab
 from holdfast.problem import Problem, relative_violation
 from holdfast.recovery import Recovery, RecoverySpec, recover
 from holdfast.study import bundled, parse, plan
-from holdfast.subspace import FeasibleSet
+from holdfast.subspace import FeasibleSet, into_ball, norms
 from holdfast.trial import Lab, Trial, pose
 
 SHARE = 0.98

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.problem import Lanes, Problem, relative_violation
 from holdfast.steppers import Stepper
-from holdfast.subspace import FeasibleSet
+from holdfast.subspace import FeasibleSet, norms
 
 Trace = list[dict[str, float]]
 """Per step, over the lanes still searching: counts, sums of margin and norm, largest violation."""
@@ -24,7 +24,7 @@ Trace = list[dict[str, float]]
 class Climb:
     """Where n lanes start and what they are to reach.
 
-    rows [n]: the problem's row of each lane; start [n p d]; goal [n]: a margin, in logits; radius
+    rows [n]: the problem's row of each lane; start [n q d]; goal [n]: a margin, in logits; radius
     [n]: of the ball; lr [n]: the norm of a step as a share of the radius.
     """
 
@@ -50,7 +50,7 @@ class Climb:
 class Ascent:
     """How n lanes ended.
 
-    delta [n p d]: the first iterate to reach the goal, else the best; margin [n] of it; reached_at
+    delta [n q d]: the first iterate to reach the goal, else the best; margin [n] of it; reached_at
     [n]: step of the first success, -1 for none; diverged [n]: met NaN or infinity.
     """
 
@@ -62,18 +62,6 @@ class Ascent:
     @property
     def reached(self) -> Tensor:
         return self.reached_at >= 0
-
-
-def norms(delta: Tensor) -> Tensor:
-    """[n 1 1] Frobenius norm of each row of [n p d_model]."""
-    return delta.norm(dim=(1, 2), keepdim=True)
-
-
-def into_ball(delta: Tensor, radius: Tensor) -> Tensor:
-    """Scale rows that are longer than radius [n] back to it."""
-    length = norms(delta)
-    limit = radius[:, None, None]
-    return torch.where(length > limit, delta * (limit / length.clamp_min(1e-30)), delta)
 
 
 def ascend(
@@ -101,14 +89,15 @@ def ascend(
         return Ascent(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
     n, device = len(climb), climb.start.device
-    best = climb.start.clone()
+    lanes, sets = Lanes.of(problem, climb.rows), feasible.rows(climb.rows)
+    delta = sets.inside(climb.start, climb.radius)
+    best = delta.clone()
     best_margin = torch.full((n,), -torch.inf, device=device)
     reached_at = torch.full((n,), -1, device=device)
     diverged = torch.zeros(n, dtype=torch.bool, device=device)
 
     live = torch.arange(n, device=device)  # lanes still searching
-    lanes, sets = Lanes.of(problem, climb.rows), feasible.rows(climb.rows)
-    delta, state = climb.start.clone(), stepper.start(climb.start)
+    state = stepper.start(delta)
     for step in range(steps + 1):
         last = step == steps  # the final iterate is measured and not moved
         margin, gradient = _margin_and_gradient(lanes, delta, last)
@@ -134,12 +123,12 @@ def ascend(
 
         move, state = stepper.move(state, sets.tangent(gradient))
         rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps)
-        delta = into_ball(sets.retract(delta + rate[:, None, None] * move), climb.radius[live])
+        delta = sets.inside(delta + rate[:, None, None] * move, climb.radius[live])
     return Ascent(best, best_margin, reached_at, diverged)
 
 
 def _margin_and_gradient(lanes: Lanes, delta: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-    """margin [n] and its gradient [n p d]; zeros where no step follows."""
+    """margin [n] and its gradient [n q d]; zeros where no step follows."""
     if last:
         with torch.no_grad():
             return lanes.margin(delta), torch.zeros_like(delta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,22 +11,25 @@ from torch import Tensor
 from holdfast.batch import Batch, margin_of
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
+from holdfast.sites import Site
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Problem:
-    """n rows of one recovery search at one site.
+    """n rows of one recovery search at m sites and p positions: q = m·p slots.
 
     replay: the recorded pass with the intervention on; batch: prompts with the answers the
-    margin is read for; goal [n]: margin that counts as success, in logits; held: the features
-    that must not move; reference_norm [n]: Frobenius norm of the suppressed residual at the
-    perturbed positions; radius [n]: the norm budget in the same units.
+    margin is read for; goal [n]: margin that counts as success, in logits; held: site → the
+    features that must not move there; reference_norm [n]: Frobenius norm of the suppressed residual
+    over all slots; radius [n]: the norm budget in the same units.
     """
 
     replay: Replay
     batch: Batch
     goal: Tensor
-    held: FeatureBank
+    held: Mapping[Site, FeatureBank]
     reference_norm: Tensor
     radius: Tensor
 
@@ -33,15 +37,31 @@ class Problem:
         return len(self.goal)
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """The perturbed sites, in forward order."""
+        return self.replay.sites
+
+    @property
     def shape(self) -> tuple[int, int, int]:
-        """(n, p, d_model): the shape of a perturbation."""
+        """(n, q, d_model): the shape of a perturbation."""
         n, p = self.replay.columns.shape
-        return n, p, self.replay.base.shape[-1]
+        return n, p * len(self.sites), self.replay.base.shape[-1]
 
     @property
     def perturbed(self) -> Tensor:
-        """[n p] bool: positions that exist; fewer than p in some rows."""
-        return self.replay.columns >= 0
+        """[n q] bool: slots that exist; fewer than q in some rows."""
+        return (self.replay.columns >= 0).repeat(1, len(self.sites))
+
+    @property
+    def moved(self) -> tuple[Site, ...]:
+        """Held sites whose features a perturbation can move: those not below the lowest site."""
+        return tuple(site for site in sorted(self.held) if site >= self.sites[0])
+
+    @property
+    def linear(self) -> bool:
+        """Whether what happens to held features is linear in the perturbation: no held site has
+        perturbed blocks before it."""
+        return set(self.moved) <= {self.sites[0]} or len(self.moved) == 0
 
 
 @dataclass(frozen=True)
@@ -67,18 +87,37 @@ class Lanes:
         )  # fmt: skip
 
     def margin(self, delta: Tensor) -> Tensor:
-        """[n] the margin with `delta` [n p d_model] added, differentiable in it."""
+        """[n] the margin with `delta` [n q d_model] added, differentiable in it."""
         return margin_of(self.replay.logits(delta), self.targets, self.rivals)
 
 
 def relative_violation(problem: Problem, delta: Tensor, rows: Tensor) -> Tensor:
-    """[n] max over positions and held features of |a_i·δ| / (‖a_i‖·‖h‖), dimensionless.
+    """[n] max over held sites, positions and features of |Δp_i| / (‖a_i‖·‖h‖), dimensionless.
 
-    The leak of an iterate, from δ alone; `verify` measures the same from real forward passes.
+    The leak of an iterate, from the replay; `verify` measures the same from real forward passes.
     """
-    W = problem.held.W_enc[problem.held.slices(problem.replay.frame.rows(rows))]
-    moved = torch.bmm(delta, W).abs()
-    length = W.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    h = problem.replay.residual()[rows].norm(dim=-1, keepdim=True)
-    leak = moved / (length[:, None] * h.clamp_min(torch.finfo(torch.float32).tiny))
-    return leak.amax((1, 2))
+    replay = problem.replay
+    if not problem.moved:
+        return torch.zeros(len(rows), device=delta.device)
+    if problem.linear:
+        (site,) = problem.moved
+        parts = dict(zip(problem.sites, delta.split(replay.columns.shape[1], 1), strict=True))
+        return _leak(problem, site, rows, parts[site])
+    # Without what a constraint does in the forward pass: the vectors alone must not leak.
+    picked = replace(replay.rows(rows), hold={})
+    with torch.no_grad():
+        states = picked.states(delta, problem.moved)
+    leaks = [
+        _leak(problem, site, rows, states[site] - picked.reference[site]) for site in problem.moved
+    ]
+    return torch.stack(leaks).amax(0)
+
+
+def _leak(problem: Problem, site: Site, rows: Tensor, change: Tensor) -> Tensor:
+    """[n] the violation at one site, of a change [n p d_model] of its residual."""
+    bank = problem.held[site]
+    W = bank.W_enc[bank.slices(problem.replay.frame.rows(rows))]
+    moved = torch.bmm(change, W).abs()
+    length = W.norm(dim=1).clamp_min(TINY)
+    h = problem.replay.reference[site][rows].norm(dim=-1, keepdim=True)
+    return (moved / (length[:, None] * h.clamp_min(TINY))).amax((1, 2))

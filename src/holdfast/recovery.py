@@ -14,13 +14,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from holdfast.ascent import Climb, Trace, ascend, into_ball, norms
+from holdfast.ascent import Climb, Trace, ascend
 from holdfast.canonical import digest
 from holdfast.config import Config
 from holdfast.constraints import Constraint
 from holdfast.positions import Where
 from holdfast.problem import Problem
-from holdfast.subspace import FeasibleSet
+from holdfast.subspace import FeasibleSet, into_ball, norms
 
 Outcome = Literal["recovered", "not_recovered", "undecided", "infeasible", "diverged"]
 
@@ -97,7 +97,7 @@ class RecoverySpec(Config):
 class Recovery:
     """What the search found for n rows.
 
-    delta [n p d_model]: the smallest success, else the iterate with the highest margin; margin
+    delta [n q d_model]: the smallest success, else the iterate with the highest margin; margin
     [n] in logits; norm [n]; smallest_norm [n]: NaN where the goal was never reached; outcomes;
     steps [n]: steps of the attempt that decided; null_dimension [n]; trace: the first
     attempt, one entry a step.
@@ -134,6 +134,7 @@ class _Found:
 
 def recover(problem: Problem, spec: RecoverySpec, seed: int) -> Recovery:
     """Search all rows of the problem. Raises nothing for a failed search: outcomes are values."""
+    loose, problem = problem, spec.constraint.acting(problem)
     feasible = spec.constraint.feasible(problem)
     n, device = len(problem), problem.goal.device
     found = _Found(
@@ -149,7 +150,7 @@ def recover(problem: Problem, spec: RecoverySpec, seed: int) -> Recovery:
         _first_attempt(problem, feasible, spec, todo, found, trace)
         failed = _rows_with(found, "undecided")
         if len(failed):
-            _try_harder(problem, feasible, spec, seed, failed, found)
+            _try_harder(problem, loose, feasible, spec, seed, failed, found)
         back = _rows_with(found, "recovered")
         short = back[found.margin[back] < problem.goal[back]]
         if len(short):  # the behavior is there, the goal is not: go on, with ever finer steps
@@ -202,6 +203,7 @@ def _first_attempt(
 
 def _try_harder(
     problem: Problem,
+    loose: Problem,
     feasible: FeasibleSet,
     spec: RecoverySpec,
     seed: int,
@@ -216,7 +218,7 @@ def _try_harder(
     """
     attempt = spec.steps
     for doubling in range(spec.doublings):
-        climb = _starts(problem, feasible, spec, seed + doubling, rows)
+        climb = _starts(problem, loose, feasible, spec, seed + doubling, rows)
         result = ascend(problem, feasible, climb, 2 * attempt, spec.constraint.stepper)
         early = climb.rows[result.reached & (result.reached_at <= attempt)].unique()
         late = climb.rows[result.reached].unique()
@@ -243,13 +245,19 @@ def _try_harder(
 
 
 def _starts(
-    problem: Problem, feasible: FeasibleSet, spec: RecoverySpec, seed: int, rows: Tensor
+    problem: Problem,
+    loose: Problem,
+    feasible: FeasibleSet,
+    spec: RecoverySpec,
+    seed: int,
+    rows: Tensor,
 ) -> Climb:
     """The lanes of a harder search: is the behavior there at all, by more than rounding?
 
-    Random starts are drawn by the example's id, so that they do not depend on the batch.
+    loose: the problem without what the constraint does to it, for the warm start. Random starts are
+    drawn by the example's id, so that they do not depend on the batch.
     """
-    _, p, d = problem.shape
+    _, q, d = problem.shape
     device = rows.device
     sets, goal, radius = feasible.rows(rows), BACK * problem.goal[rows], problem.radius[rows]
     lanes = []
@@ -260,7 +268,7 @@ def _starts(
 
     for index in range(3):
         names = [f"{seed}/{index}/{problem.batch.ids[row]}" for row in rows.tolist()]
-        noise = torch.zeros(len(rows), p, d, device=device)
+        noise = torch.zeros(len(rows), q, d, device=device)
         for lane, (name, own) in enumerate(zip(names, problem.perturbed[rows], strict=True)):
             noise[lane, own] = _noise(name, int(own.sum()), d).to(device)
         point = sets.retract(sets.tangent(noise))
@@ -269,13 +277,14 @@ def _starts(
             add(point, factor * spec.lr)
     looser = spec.constraint.looser
     if looser is not None:
-        zero = torch.zeros(len(rows), p, d, device=device)
+        zero = torch.zeros(len(rows), q, d, device=device)
         rate = torch.full((len(rows),), spec.lr, device=device)
-        loose = ascend(
-            problem, looser.feasible(problem), Climb(rows, zero, goal, radius, rate), spec.steps,
+        eased = looser.acting(loose)
+        warm = ascend(
+            eased, looser.feasible(eased), Climb(rows, zero, goal, radius, rate), spec.steps,
             looser.stepper,
         )  # fmt: skip
-        add(into_ball(sets.retract(sets.tangent(loose.delta)), radius), spec.lr)
+        add(sets.inside(sets.tangent(warm.delta), radius), spec.lr)
     return Climb.join(lanes)
 
 

@@ -8,9 +8,9 @@ the full forward pass in logits and gradients; a test holds it to 1e-5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of one block, without the residual."""
 
 
+class Hold(Protocol):
+    """Puts residuals of a site back to where a constraint wants them."""
+
+    def rows(self, rows: Tensor) -> Hold: ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n p d_model] from the residual x [n p d_model] at the perturbed positions."""
+        ...
+
+
 class PrefixCache:
     """Keys and values of the prefix that are never changed: `update` returns prefix + new.
 
@@ -33,7 +43,7 @@ class PrefixCache:
     with a sliding window s₀ is cut to the window, as the recorded masks are.
     """
 
-    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor]]):
+    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor] | None]):
         self.prefix = prefix
 
     def update(
@@ -41,11 +51,15 @@ class PrefixCache:
     ) -> tuple[Tensor, Tensor]:
         if not self.prefix:
             return keys, values
-        old_keys, old_values = self.prefix[layer]
+        own = self.prefix[layer]
+        assert own is not None, f"block {layer} is below the lowest perturbed site"
+        old_keys, old_values = own
         return torch.cat([old_keys, keys], -2), torch.cat([old_values, values], -2)
 
     def rows(self, rows: Tensor) -> PrefixCache:
-        return PrefixCache(tuple((keys[rows], values[rows]) for keys, values in self.prefix))
+        return PrefixCache(
+            tuple(None if own is None else (own[0][rows], own[1][rows]) for own in self.prefix)
+        )
 
 
 def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
@@ -85,57 +99,76 @@ def _with_cache(call: Call, cache: PrefixCache, layer: int) -> Call:
 class Replay:
     """What was recorded for n rows; `rows` picks some of them, repeats allowed.
 
-    site: the lowest perturbed one; base [n s d_model]: its residual in the suffix columns before
-    the perturbation; columns [n p]: suffix column of each perturbed position, -1 for none.
-    `before` and `after` act at the perturbed site, before and after the perturbation; `base`
-    already contains `before`.
+    sites: the m perturbed ones, in forward order; a perturbation is [n q d_model] with q = m·p
+    slots, all positions of the first site, then all of the next. base [n s d_model]: the residual
+    of the lowest site in the suffix columns, before the perturbation and with `before` on; columns
+    [n p]: suffix column of each perturbed position, -1 for none. `before` and `after` act at a
+    perturbed site before and after the perturbation, at other sites in this order. reference: site
+    → [n p d_model], the suppressed residual with every edit on, at perturbed sites and at watched
+    ones; unclamped: the same before the site's own edits, at perturbed sites. hold: what is done to
+    a site's residual after all edits, for constraints that act in the
+    forward pass.
     """
 
     subject: Subject
-    site: Site
+    sites: tuple[Site, ...]
     batch: Batch
     frame: Frame
     base: Tensor
     columns: Tensor
+    before: tuple[Edit, ...]
     after: tuple[Edit, ...]
-    above: tuple[Edit, ...]
+    reference: Mapping[Site, Tensor]
+    unclamped: Mapping[Site, Tensor]
     cache: PrefixCache
     calls: tuple[Call, ...]
+    hold: Mapping[Site, Hold] = field(default_factory=dict)
 
     @classmethod
     def record(
         cls,
         subject: Subject,
         batch: Batch,
-        site: Site,
+        sites: Site | Sequence[Site],
         positions: Tensor,
         before: Sequence[Edit] = (),
         after: Sequence[Edit] = (),
+        watch: Sequence[Site] = (),
     ) -> Replay:
         """Run the prefix and the suffix once with the edits on.
 
         positions [b p] absolute, -1 for none. An edit stands either in `before` (it acts first,
         the perturbation has the last word) or in `after` (the edit has the last word); the
-        distinction matters only at `site`.
+        distinction matters only at perturbed sites. watch: further sites whose residual is read.
         """
         from transformers import DynamicCache
 
-        edits = (*before, *after)
+        sites = (sites,) if isinstance(sites, Site) else tuple(sorted(set(sites)))
+        lowest = sites[0]
         first_position = torch.where(positions >= 0, positions, batch.positions.amax()).amin(1)
         matches = batch.positions == first_position[:, None]
         start = int(matches.int().argmax(1).min())
         cache = DynamicCache(config=subject.model.config)
         blocks = subject.family.blocks_of(subject.model)
-        capture = Capture(site)
+        base = Capture(lowest)
+        raw = {site: Capture(site) for site in sites}
+        seen = {site: Capture(site) for site in dict.fromkeys((*sites, *watch))}
+        edits = (*raw.values(), *before, base, *after, *seen.values())
         suffix = slice(start, batch.tokens.shape[1])
-        with torch.no_grad(), AttachedEdits(blocks, (*before, capture, *after)) as attached:
+        with torch.no_grad(), AttachedEdits(blocks, edits) as attached:
             if start > 0:
                 prefix_columns = slice(0, start)
                 attached.frame = batch.frame().columns(prefix_columns)
                 cls._pass(subject, batch, prefix_columns, cache)
             # The suffix pass appends to the cache by making new tensors; these stay the prefix.
             frozen = PrefixCache(
-                tuple((layer.keys, layer.values) for layer in cache.layers) if start else ()
+                tuple(
+                    # Blocks below the lowest site never run again.
+                    (layer.keys, layer.values) if index >= lowest.depth else None
+                    for index, layer in enumerate(cache.layers)
+                )
+                if start
+                else ()
             )
             attached.frame = batch.frame().columns(suffix)
             calls = record_calls(blocks, lambda: cls._pass(subject, batch, suffix, cache))
@@ -145,13 +178,19 @@ class Replay:
         columns = torch.where(match.any(-1), match.int().argmax(-1), -1)
         return cls(
             subject=subject,
-            site=site,
+            sites=sites,
             batch=batch,
             frame=frame,
-            base=capture.seen[-1][1],
+            base=base.seen[-1][1],
             columns=columns,
-            after=tuple(edit for edit in after if site in edit.sites),
-            above=tuple(edit for edit in edits if any(s > site for s in edit.sites)),
+            before=tuple(edit for edit in before if any(s > lowest for s in edit.sites)),
+            after=tuple(edit for edit in after if any(s >= lowest for s in edit.sites)),
+            reference={
+                site: _at_columns(capture.seen[-1][1], columns) for site, capture in seen.items()
+            },
+            unclamped={
+                site: _at_columns(capture.seen[-1][1], columns) for site, capture in raw.items()
+            },
             cache=frozen,
             calls=tuple(
                 _with_cache((args[1:], kwargs), frozen, layer)
@@ -174,8 +213,8 @@ class Replay:
         return self.base.shape[0]
 
     @property
-    def prefix(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Layer → keys and values of the prefix; empty without a prefix."""
+    def prefix(self) -> Sequence[tuple[Tensor, Tensor] | None]:
+        """Layer → keys and values of the prefix, None below the lowest site; empty without one."""
         return self.cache.prefix
 
     def rows(self, rows: Tensor) -> Replay:
@@ -197,32 +236,96 @@ class Replay:
             frame=self.frame.rows(rows),
             base=self.base[rows],
             columns=self.columns[rows],
+            reference={site: x[rows] for site, x in self.reference.items()},
+            unclamped={site: x[rows] for site, x in self.unclamped.items()},
             cache=cache,
             calls=_mapped(pick, self.calls),
+            hold={site: hold.rows(rows) for site, hold in self.hold.items()},
         )
 
     def residual(self) -> Tensor:
-        """[n p d_model] float32: the suppressed residual, every edit on, at the perturbed positions
+        """[n q d_model] float32: the suppressed residual, every edit on, at the perturbed slots
         without perturbation."""
-        x = apply_edits(self.after, self.site, self.base, self.frame)
-        rows = torch.arange(len(self), device=x.device)[:, None]
-        found = (self.columns >= 0)[..., None]
-        return torch.where(found, x[rows, self.columns.clamp(min=0)].float(), 0.0)
+        return torch.cat([self.reference[site] for site in self.sites], 1)
+
+    def parts(self, delta: Tensor) -> dict[Site, Tensor]:
+        """A perturbation [n q d_model] by site: [n p d_model] each."""
+        width = self.columns.shape[1]
+        return dict(zip(self.sites, delta.split(width, 1), strict=True))
 
     def logits(self, delta: Tensor) -> Tensor:
-        """Logits [n vocab] at the last prompt token with `delta` [n p d_model] added; float32."""
-        n, s, d = self.base.shape
+        """Logits [n vocab] at the last prompt token with `delta` [n q d_model] added; float32."""
+        x = self._run(delta, self.subject.n_blocks)
+        return self.subject.family.unembed_of(self.subject.model, x[:, -1]).float()
+
+    def states(self, delta: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Site → [n p d_model] float32: the residual with `delta` and every edit on, at the
+        perturbed positions, for sites not below the lowest perturbed one."""
+        read: dict[Site, Tensor] = {}
+        self._run(delta, max(sites).depth, lambda site, _, x: read.update({site: self._cut(x)}))
+        return {site: read[site] for site in sites}
+
+    def realized(self, delta: Tensor) -> Tensor:
+        """[n q d_model]: what is really added at each slot, what `hold` makes of it included.
+
+        The same vectors, added without `hold`, give the same residuals: they are what is saved,
+        counted against the budget, and verified.
+        """
+        added: dict[Site, Tensor] = {}
+
+        def note(site: Site, before: Tensor, after: Tensor) -> None:
+            if site in self.sites:
+                added[site] = self._cut(after) - self._cut(before)
+
+        self._run(delta, self.sites[-1].depth, note)
+        return torch.cat([added[site] for site in self.sites], 1)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        return _at_columns(x, self.columns)
+
+    def _run(
+        self, delta: Tensor, depth: int, seen: Callable[[Site, Tensor, Tensor], None] | None = None
+    ) -> Tensor:
+        """The residual [n s d_model] at `depth`. seen: called at every site on the way with the
+        residual before the perturbation and after everything."""
+        parts = self.parts(delta)
+        lowest = self.sites[0]
+        blocks = self.subject.family.blocks_of(self.subject.model)
         x = self.base
+        for layer in range(lowest.layer, depth):
+            site = Site(layer + 1)
+            if site != lowest:
+                args, kwargs = self.calls[layer]
+                out = blocks[layer](x, *args, **kwargs)
+                x = apply_edits(
+                    self.before, site, out[0] if isinstance(out, tuple) else out, self.frame
+                )
+            unperturbed = x
+            if site in parts:
+                x = self._place(x, parts[site])
+            x = apply_edits(self.after, site, x, self.frame)
+            if site in self.hold:
+                x = self._hold(x, self.hold[site])
+            if seen is not None:
+                seen(site, unperturbed, x)
+        return x
+
+    def _place(self, x: Tensor, delta: Tensor) -> Tensor:
+        """x [n s d] with delta [n p d] added at the perturbed columns, summed in float32."""
+        n, s, d = x.shape
         placed = torch.zeros(n, s + 1, d, dtype=torch.float32, device=x.device)
         # Unused positions (-1) land in an extra column that is cut off again.
         index = torch.where(self.columns >= 0, self.columns, s)[..., None].expand(-1, -1, d)
         placed = placed.scatter_add(1, index, delta)[:, :s]
-        x = (x.float() + placed).to(x.dtype)
-        x = apply_edits(self.after, self.site, x, self.frame)
-        blocks = self.subject.family.blocks_of(self.subject.model)
-        for layer in range(self.site.depth, len(blocks)):
-            args, kwargs = self.calls[layer]
-            out = blocks[layer](x, *args, **kwargs)
-            x = out[0] if isinstance(out, tuple) else out
-            x = apply_edits(self.above, Site(layer + 1), x, self.frame)
-        return self.subject.family.unembed_of(self.subject.model, x[:, -1]).float()
+        return (x.float() + placed).to(x.dtype)
+
+    def _hold(self, x: Tensor, hold: Hold) -> Tensor:
+        """x [n s d] with its perturbed columns replaced by what `hold` makes of them."""
+        here = self._cut(x)
+        return self._place(x, hold(here) - here)
+
+
+def _at_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """[n p d] float32: x [n s d] at columns [n p]; zeros where a column is -1."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return torch.where((columns >= 0)[..., None], x[rows, columns.clamp(min=0)].float(), 0.0)

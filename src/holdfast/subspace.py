@@ -11,9 +11,11 @@ from torch import Tensor
 
 
 class FeasibleSet(Protocol):
-    """Where the search may go, for n rows; closed under scaling, so that a norm ball cuts it.
+    """Where the search may go, for n rows; 0 is in it, and what is in it is so scaled down, up to
+    another retraction.
 
-    dimension [n]: free dimensions a position has. 0 means that nothing can be searched.
+    dimension [n]: free dimensions a slot has, at the site where it has fewest. 0 means that nothing
+    can be searched.
     """
 
     @property
@@ -24,12 +26,28 @@ class FeasibleSet(Protocol):
         ...
 
     def tangent(self, gradient: Tensor) -> Tensor:
-        """What of an objective gradient [n p d_model] the method steps along."""
+        """What of an objective gradient [n q d_model] the method steps along."""
         ...
 
     def retract(self, delta: Tensor) -> Tensor:
-        """An iterate [n p d_model] put back into the set after a step."""
+        """An iterate [n q d_model] put back into the set after a step."""
         ...
+
+    def inside(self, delta: Tensor, radius: Tensor) -> Tensor:
+        """An iterate put back into the set and into balls of radius [n]."""
+        ...
+
+
+def norms(delta: Tensor) -> Tensor:
+    """[n 1 1] Frobenius norm of each row of [n q d_model]."""
+    return delta.norm(dim=(1, 2), keepdim=True)
+
+
+def into_ball(delta: Tensor, radius: Tensor) -> Tensor:
+    """Scale rows that are longer than radius [n] back to it."""
+    length = norms(delta)
+    limit = radius[:, None, None]
+    return torch.where(length > limit, delta * (limit / length.clamp_min(1e-30)), delta)
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,9 @@ class Everything:
 
     def retract(self, delta: Tensor) -> Tensor:
         return delta
+
+    def inside(self, delta: Tensor, radius: Tensor) -> Tensor:
+        return into_ball(delta, radius)
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,34 @@ class NullSpace:
         for _ in range(2):
             delta = delta - (delta @ basis) @ basis.mT
         return delta
+
+    def inside(self, delta: Tensor, radius: Tensor) -> Tensor:
+        return into_ball(self.retract(delta), radius)
+
+
+@dataclass(frozen=True)
+class PerSlot:
+    """A set of its own for the slots of each site, in the order of the sites."""
+
+    parts: tuple[FeasibleSet, ...]
+
+    @property
+    def dimension(self) -> Tensor:
+        return torch.stack([part.dimension for part in self.parts]).amin(0)
+
+    def rows(self, rows: Tensor) -> PerSlot:
+        return PerSlot(tuple(part.rows(rows) for part in self.parts))
+
+    def tangent(self, gradient: Tensor) -> Tensor:
+        pieces = gradient.chunk(len(self.parts), 1)
+        return torch.cat([p.tangent(x) for p, x in zip(self.parts, pieces, strict=True)], 1)
+
+    def retract(self, delta: Tensor) -> Tensor:
+        pieces = delta.chunk(len(self.parts), 1)
+        return torch.cat([p.retract(x) for p, x in zip(self.parts, pieces, strict=True)], 1)
+
+    def inside(self, delta: Tensor, radius: Tensor) -> Tensor:
+        return into_ball(self.retract(delta), radius)
 
 
 def orthonormal_basis(columns: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def random_sae(
 
 def fitted_sae(site: Site, x: Tensor, n_features: int | None = None) -> SAE:
     """An SAE that reconstructs residuals x [tokens d_model]: one feature for each half of each
-    principal direction, the rest never fires. n_features: at least 4·d_model, 8·d_model if left out.
+    principal direction in which they vary, the rest never fires. n_features: at least 4·d_model,
+    8·d_model if left out.
 
     Read as it is written it explains all of the variance; read otherwise, or elsewhere, less. That
     is what preflight looks for in a real one.
@@ -90,12 +91,13 @@ def fitted_sae(site: Site, x: Tensor, n_features: int | None = None) -> SAE:
     n = 8 * d if n_features is None else n_features
     assert n >= 4 * d, f"{n} features cannot be sparse in {d} directions"
     mean = x.mean(0)
-    directions = torch.linalg.svd(x - mean, full_matrices=True).Vh
-    W_dec = torch.zeros(n, d)
-    W_dec[: 2 * d] = torch.cat([directions, -directions])
-    W_dec[2 * d :] = directions[torch.arange(n - 2 * d) % d]
+    _, size, Vh = torch.linalg.svd(x - mean, full_matrices=False)
+    directions = Vh[size > 1e-3 * size[0]]  # what never varies is not learned
+    k = len(directions)
+    W_dec = directions[torch.arange(n) % k]
+    W_dec[k : 2 * k] = -directions
     b_enc = torch.zeros(n)
-    b_enc[2 * d :] = -1e4  # far below any residual
+    b_enc[2 * k :] = -1e4  # far below any residual
     return SAE(
         site=site,
         W_enc=W_dec.T.contiguous(),
@@ -152,7 +154,7 @@ def tiny_problem(
         replay=replay,
         batch=batch,
         goal=torch.full((len(batch),), goal),
-        held=bank,
+        held={bank.site: bank},
         reference_norm=reference,
         radius=budget * reference,
     )
@@ -194,6 +196,6 @@ def check_constraint(constraint: ConstraintKind, problem: Problem, seed: int = 0
     assert torch.allclose(feasible.retract(0.3 * once), 0.3 * once, atol=1e-5), "not scalable"
     rows = torch.tensor([n - 1, 0, 0])
     assert torch.allclose(feasible.rows(rows).retract(x[rows]), once[rows], atol=1e-5), "rows mix"
-    if constraint.exact and constraint.looser is not None:
+    if constraint.promise == "preactivations":
         leak = relative_violation(problem, once, torch.arange(n))
         assert leak.max() < 1e-6, f"claims to be exact, leaks {leak.max():.1e}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from holdfast.behaviors import Behavior
 from holdfast.canonical import digest, trial_id
 from holdfast.config import Config
+from holdfast.constraints import Promise
 from holdfast.controls import Case, Control
 from holdfast.discovery import Discovery
 from holdfast.edits import Perturbation
@@ -25,6 +26,7 @@ from holdfast.problem import Problem
 from holdfast.recovery import Recovery, RecoverySpec, recover, summary_of
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
+from holdfast.saes.sae import Guarantee
 from holdfast.setting import Data, Setting, prepare
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -123,7 +125,7 @@ def run_trial(trial: Trial, lab: Lab) -> TrialResult:
     problem = pose(trial.recovery, case)
     recovery = recover(problem, trial.recovery, trial.seed)
     perturbation = Perturbation(
-        case.batch.ids, _positions(trial.recovery, case), {problem.replay.site: recovery.delta}
+        case.batch.ids, _positions(trial.recovery, case), problem.replay.parts(recovery.delta)
     )
     checks = verify(
         case.subject,
@@ -131,12 +133,12 @@ def run_trial(trial: Trial, lab: Lab) -> TrialResult:
         case.edits,
         perturbation,
         problem.held,
-        case.features.median_active(problem.replay.site),
+        {site: case.features.median_active(site) for site in problem.held},
         trial.recovery.order == "clamp_then_perturbation",
     )
     return TrialResult(
         result=_result(
-            setting, case, problem, recovery, checks, trial.recovery.constraint.holds_exactly
+            setting, case, problem, recovery, checks, trial.recovery.constraint.promise
         ),
         tensors={
             "positions": perturbation.positions,
@@ -147,16 +149,17 @@ def run_trial(trial: Trial, lab: Lab) -> TrialResult:
 
 
 def pose(spec: RecoverySpec, case: Case) -> Problem:
-    """The search problem of a case. Raises StudyError if it spans more than one site."""
-    site = _site(spec, case)
+    """The search problem of a case. Raises StudyError if no held feature could be moved."""
+    sites = _sites(spec, case)
     clamp_first = spec.order == "clamp_then_perturbation"
     replay = Replay.record(
         case.subject,
         case.batch,
-        site,
+        sites,
         _positions(spec, case),
         before=case.edits if clamp_first else (),
         after=() if clamp_first else case.edits,
+        watch=[site for site in case.features.sites if site >= sites[0]],
     )
     reference = replay.residual().norm(dim=(1, 2))
     radius = torch.full_like(reference, spec.budget.absolute or 0.0)
@@ -166,21 +169,31 @@ def pose(spec: RecoverySpec, case: Case) -> Problem:
         replay=replay,
         batch=case.batch,
         goal=spec.stop.clean_margin * case.clean_margin,
-        held=FeatureBank.of(case.subject.sae(site), case.features),
+        held={
+            site: FeatureBank.of(case.subject.sae(site), case.features)
+            for site in case.features.sites
+        },
         reference_norm=reference,
         radius=radius,
     )
 
 
-def _site(spec: RecoverySpec, case: Case) -> Site:
-    sites = tuple(Site.parse(site) for site in spec.perturb.sites) or case.features.sites
-    if len(sites) != 1 or tuple(case.features.sites) != sites:
+def _sites(spec: RecoverySpec, case: Case) -> tuple[Site, ...]:
+    """The perturbed sites, in forward order; the clamped ones if the study names none."""
+    named = {Site.parse(site) for site in spec.perturb.sites} or set(case.features.sites)
+    sites = tuple(sorted(named))
+    if sites[-1].depth > case.subject.n_blocks:
         raise StudyError(
-            f"recovery works on one site, the clamped one: the features are at "
-            f"{', '.join(map(str, case.features.sites))}, the perturbation at "
-            f"{', '.join(map(str, sites))}"
+            f"{case.subject.name} has {case.subject.n_blocks} blocks, so there is no "
+            f"site {sites[-1]} to perturb"
         )
-    return sites[0]
+    return sites
+
+
+def _weakest(problem: Problem) -> Guarantee:
+    """What unchanged pre-activations guarantee, at the held site where that is least."""
+    order: tuple[Guarantee, ...] = ("none", "margin", "exact")
+    return min((bank.guarantee for bank in problem.held.values()), key=order.index)
 
 
 def _positions(spec: RecoverySpec, case: Case) -> Tensor:
@@ -244,7 +257,7 @@ def _result(
     problem: Problem,
     recovery: Recovery,
     checks: Checks,
-    exact: bool,
+    promise: Promise,
 ) -> dict[str, Any]:
     clusters = case.batch.clusters
     recovered = checks.recovered
@@ -295,10 +308,17 @@ def _result(
             "rounding_floor_mean": float(checks.rounding_floor.mean()),
             "rounding_floor_max": float(checks.rounding_floor.max()),
             "preactivation_drift_mean": float(checks.preactivation_drift.mean()),
-            "guarantee": problem.held.guarantee,
+            "preactivation_drift_elsewhere_max": float(checks.preactivation_drift_elsewhere.max()),
+            "undo_cosine_mean": float(checks.undo_cosine.nanmean()),
+            "decoder_share_mean": float(checks.decoder_share.nanmean()),
+            "guarantee": _weakest(problem),
+            "sites": [str(site) for site in problem.sites],
             "norm_relative_max": float(checks.norm_relative.max()),
             "budget_relative": float((problem.radius / problem.reference_norm).max()),
-            "exact": exact,
+            "promise": promise,
+            "exact": promise != "nothing",
+            "broken_max": float(checks.broken(promise).max()),
+            "broken_mean": float(checks.broken(promise).mean()),
             "null_dimension": int(recovery.null_dimension.min()),
             "replay_error": float((checks.margin - recovery.margin.double()).abs().max()),
         },

@@ -125,8 +125,8 @@ def judge(
     stages = record["result"]["funnel"]["stages"]
     n, n_recovered = stages["valid"], stages["recovered"]
     checks = record["result"]["checks"]
-    drift = checks["preactivation_drift_max"]
-    if checks.get("exact") and drift is not None and not _is_rounding(checks):
+    drift = checks.get("broken_max", checks["preactivation_drift_max"])
+    if checks.get("exact") and drift is not None and not _is_rounding(checks, drift):
         return Judgement(
             verdict="undecided",
             sentence=(
@@ -187,11 +187,11 @@ def judge(
     return Judgement(verdict=verdict, sentence=found + why, separations=tuple(separations))
 
 
-def _is_rounding(checks: Mapping[str, Any]) -> bool:
-    """Whether the drift under an exact constraint is no more than rounding makes."""
-    if checks["preactivation_drift_max"] <= MAX_EXACT_DRIFT:
+def _is_rounding(checks: Mapping[str, Any], drift: float) -> bool:
+    """Whether what an exact constraint promised is broken by no more than rounding."""
+    if drift <= MAX_EXACT_DRIFT:
         return True
-    mean, floor = checks.get("preactivation_drift_mean"), checks.get("rounding_floor_mean")
+    mean, floor = checks.get("broken_mean"), checks.get("rounding_floor_mean")
     return mean is not None and floor is not None and mean <= MAX_OVER_FLOOR * floor
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch, Frame
+from holdfast.constraints import Promise
 from holdfast.edits import Capture, Edit, FeatureEdit, Perturbation
 from holdfast.features import EVERY_GROUP
 from holdfast.saes.bank import FeatureBank
@@ -20,24 +21,31 @@ from holdfast.sites import Site
 from holdfast.subject import Subject
 from holdfast.subspace import NullSpace
 
+TAU = 0.01
+"""Floor of the relative drift's denominator, as a share of √|S| · median active value."""
+
 N_DRAWS = 8
 """Random vectors per prompt that the rounding floor is averaged over."""
 
-TAU = 0.01
-"""Floor of the relative drift's denominator, as a share of √|S| · median active value."""
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class Checks:
-    """Per prompt, over the perturbed positions and the held features; NaN where not defined.
+    """Per prompt, over the held sites, the perturbed positions and the held features; NaN where not
+    defined.
 
     margin: of the recovered pass, in logits. preactivation_drift: max |Δp_i| / (‖a_i‖·‖h‖), and
-    _absolute in activation units. drift_relative: ‖Δz_S‖ / max(‖z_S‖, τ√|S|·median active value).
+    _absolute in activation units; _elsewhere: the same at all other tokens of the prompt, where no
+    constraint promises anything. code_drift: max |Δz_i|, floor_violation: max (z_i of the reference
+    − z_i)₊, in the same units. drift_relative: ‖Δz_S‖ / max(‖z_S‖, τ√|S|·median active value).
     drift_assigned: ‖z_S − c_S‖ of the recovered state, clamp_mismatch the same of the suppressed
     one (decoder rows overlap, so a clamp does not re-encode to what it set). firings_kept: share of
     the features that fired before the clamp in the reference which still do. displacement: norm of
     what the clamp adds, relative to the reference. gate_flips: features that turned on or off.
     overtaken: of these, those of a TopK, whose own pre-activation did not have to move.
+    undo_cosine: cosine of the perturbation with the clamp's displacement taken back; decoder_share:
+    share of the perturbation's squared norm in the span of the held decoder rows.
     rounding_floor: the preactivation_drift of random vectors in the encoder's null space, of the
     same norm, that have only been rounded to the model's precision: no exact constraint can be
     expected to do better.
@@ -48,6 +56,9 @@ class Checks:
     norm_relative: Tensor
     preactivation_drift: Tensor
     preactivation_drift_absolute: Tensor
+    preactivation_drift_elsewhere: Tensor
+    code_drift: Tensor
+    floor_violation: Tensor
     drift_absolute: Tensor
     drift_relative: Tensor
     drift_assigned: Tensor
@@ -56,6 +67,8 @@ class Checks:
     displacement: Tensor
     gate_flips: Tensor
     overtaken: Tensor
+    undo_cosine: Tensor
+    decoder_share: Tensor
     rounding_floor: Tensor
 
     @property
@@ -63,135 +76,290 @@ class Checks:
         """[n] bool: the behavior is back, and no held feature was overtaken on the way."""
         return (self.margin > 0) & (self.overtaken == 0)
 
+    def broken(self, promise: Promise) -> Tensor:
+        """[n] how far what a constraint promised is from being kept, dimensionless."""
+        kept = {
+            "nothing": torch.zeros_like(self.margin),
+            "preactivations": self.preactivation_drift,
+            "codes": self.code_drift,
+            "floor": self.floor_violation,
+        }
+        return kept[promise]
+
 
 def verify(
     subject: Subject,
     batch: Batch,
     edits: Sequence[Edit],
     perturbation: Perturbation,
-    bank: FeatureBank,
-    median_active: Mapping[str, float | None],
+    held: Mapping[Site, FeatureBank],
+    median_active: Mapping[Site, Mapping[str, float | None]],
     clamp_first: bool,
 ) -> Checks:
-    """Compare the pass with the perturbation to the one without, prompt by prompt."""
-    site = bank.site
-    frame = batch.frame()
-    reference = _states(subject, batch, edits, None, site, perturbation.positions, clamp_first)
-    recovered = _states(
-        subject, batch, edits, perturbation, site, perturbation.positions, clamp_first
-    )
-    h_ref, h_rec = reference.after.double(), recovered.after.double()
-    here = (perturbation.positions >= 0)[..., None]  # [n p 1]
+    """Compare the pass with the perturbation to the one without, prompt by prompt.
 
-    p_ref, p_rec = bank.preactivations(h_ref, frame), bank.preactivations(h_rec, frame)
+    held: site → the features that were to stay; median_active: site → group → their scale.
+    """
+    sites = tuple(sorted({*held, *perturbation.sites}))
+    reference = _Pass.of(subject, batch, edits, None, sites, perturbation, clamp_first)
+    recovered = _Pass.of(subject, batch, edits, perturbation, sites, perturbation, clamp_first)
+    frame = batch.frame()
+    by_site = [
+        _at_site(
+            frame, edits, held[site], median_active[site], reference.at(site), recovered.at(site),
+            perturbation.positions,
+        )
+        for site in sorted(held)
+    ]  # fmt: skip
+    total = _Features.sum(by_site)
+    size = torch.maximum(total.size.sqrt(), total.floor.sqrt())
+    nan = torch.full_like(size, torch.nan)
+    kept, fired = total.still, total.fired
+    displaced = total.displaced.sqrt()
+    h_norm = torch.stack(
+        [_square(reference.at(site).after) for site in perturbation.sites]
+    ).sum(0).sqrt()  # fmt: skip
+    norm = perturbation.norm
+    undo, decoder = _undo(perturbation, reference, held, frame)
+    return Checks(
+        margin=batch.margin(recovered.logits).double(),
+        norm=norm,
+        norm_relative=norm / h_norm,
+        preactivation_drift=total.drift,
+        preactivation_drift_absolute=total.drift_absolute,
+        preactivation_drift_elsewhere=total.elsewhere,
+        code_drift=total.code,
+        floor_violation=total.fallen,
+        drift_absolute=total.change.sqrt(),
+        drift_relative=torch.where(size > 0, total.change.sqrt() / size, nan),
+        drift_assigned=total.off_assigned.sqrt(),
+        clamp_mismatch=total.mismatch.sqrt(),
+        firings_kept=torch.where(fired > 0, kept / fired, nan),
+        displacement=torch.where(displaced > 0, total.displaced_now.sqrt() / displaced, nan),
+        gate_flips=total.flips,
+        overtaken=total.overtaken,
+        undo_cosine=undo,
+        decoder_share=decoder,
+        rounding_floor=_rounding_floor(subject, held, frame, reference, perturbation),
+    )
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The residual of one site before the clamp, after it, and at the end: [n p d] each at the
+    perturbed positions; whole [n s d] at the end, at every token."""
+
+    before: Tensor
+    clamped: Tensor
+    after: Tensor
+    whole: Tensor
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Logits [n vocab] of one pass, and what it read at every site."""
+
+    logits: Tensor
+    reads: Mapping[Site, _Read]
+
+    @classmethod
+    def of(
+        cls,
+        subject: Subject,
+        batch: Batch,
+        edits: Sequence[Edit],
+        added: Perturbation | None,
+        sites: Sequence[Site],
+        perturbation: Perturbation,
+        clamp_first: bool,
+    ) -> _Pass:
+        before, clamped, after = kinds = [[Capture(site) for site in sites] for _ in range(3)]
+        push = () if added is None else (added,)
+        clamp = (*before, *edits, *clamped)
+        passed = (*clamp, *push, *after) if clamp_first else (*push, *clamp, *after)
+        logits = subject.outputs(batch, passed)[:, -1]
+        everywhere = _positions(batch)
+        reads = {}
+        for index, site in enumerate(sites):
+            x, y, z = (c[index].at(batch.ids, perturbation.positions) for c in kinds)
+            reads[site] = _Read(x, y, z, after[index].at(batch.ids, everywhere))
+        return cls(logits, reads)
+
+    def at(self, site: Site) -> _Read:
+        return self.reads[site]
+
+
+def _positions(batch: Batch) -> Tensor:
+    """[b s] every absolute position of a batch, ascending, -1 after the last."""
+    steps = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).repeat(len(batch), 1)
+    return torch.where(steps < batch.prompt_length[:, None], steps, -1)
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What the held features of one site did, per prompt; norms are kept as their squares, so that
+    sites add up."""
+
+    drift: Tensor
+    drift_absolute: Tensor
+    elsewhere: Tensor
+    code: Tensor
+    fallen: Tensor
+    change: Tensor
+    size: Tensor
+    floor: Tensor
+    off_assigned: Tensor
+    mismatch: Tensor
+    fired: Tensor
+    still: Tensor
+    displaced: Tensor
+    displaced_now: Tensor
+    flips: Tensor
+    overtaken: Tensor
+
+    @classmethod
+    def sum(cls, sites: Sequence[_Features]) -> _Features:
+        """Largest drifts, and sums of everything else."""
+        largest = ("drift", "drift_absolute", "elsewhere", "code", "fallen")
+        stacked = {name: torch.stack([getattr(s, name) for s in sites]) for name in vars(sites[0])}
+        return cls(**{n: v.amax(0) if n in largest else v.sum(0) for n, v in stacked.items()})
+
+
+def _at_site(
+    frame: Frame,
+    edits: Sequence[Edit],
+    bank: FeatureBank,
+    median_active: Mapping[str, float | None],
+    reference: _Read,
+    recovered: _Read,
+    positions: Tensor,
+) -> _Features:
+    h_ref, h_rec = reference.after.double(), recovered.after.double()
+    here = (positions >= 0).to(h_ref.device)[..., None]  # [n p 1]
     rows = bank.slices(frame)
     valid = bank.valid[rows][:, None] & here
-    length = bank.W_enc.double().norm(dim=1)[rows][:, None].clamp_min(1e-30)
-    moved = torch.where(valid, (p_rec - p_ref).abs(), 0.0)
-    scale = length * h_ref.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    moved, scale = _moved(bank, frame, h_ref, h_rec)
+    moved = torch.where(valid, moved, 0.0)
 
     z_ref, z_rec = bank.activations(h_ref, frame), bank.activations(h_rec, frame)
-    change = _norm(torch.where(here, z_rec - z_ref, 0.0))
-    size = _norm(torch.where(here, z_ref, 0.0))
     n_held = bank.valid.sum(1)[rows].double()
     median = torch.as_tensor(
         [median_active.get(group, median_active.get(EVERY_GROUP)) or 0.0 for group in frame.groups],
         dtype=torch.float64, device=h_ref.device,
     )  # fmt: skip
-    floor = torch.maximum(size, TAU * n_held.sqrt() * median)
 
     # What was assigned is known where one clamp sets exactly the held features.
-    assigned = [edit for edit in edits if isinstance(edit, FeatureEdit) and site in edit.sites]
-    nan = torch.full_like(change, torch.nan)
-    drift_assigned = clamp_mismatch = nan
+    z_before = bank.activations(reference.before.double(), frame)
+    assigned = [e for e in edits if isinstance(e, FeatureEdit) and bank.site in e.sites]
+    off = mismatch = torch.full_like(median, torch.nan)
     if len(assigned) == 1 and assigned[0].bank.ids == bank.ids:
-        target = assigned[0].assigned(bank.activations(reference.before.double(), frame), frame)
-        drift_assigned = _norm(torch.where(valid, z_rec - target, 0.0))
-        clamp_mismatch = _norm(torch.where(valid, z_ref - target, 0.0))
+        target = assigned[0].assigned(z_before, frame)
+        off = _square(torch.where(valid, z_rec - target, 0.0))
+        mismatch = _square(torch.where(valid, z_ref - target, 0.0))
 
-    fired = (bank.activations(reference.before.double(), frame) > 0) & valid
+    fired = (z_before > 0) & valid
     still = (bank.activations(recovered.before.double(), frame) > 0) & fired
-    n_fired = fired.sum((1, 2)).double()
-    displaced = _norm((reference.after - reference.before).double())
-    displaced_now = _norm((recovered.clamped - recovered.before).double())
-    h_norm = _norm(torch.where(here, h_ref, 0.0))
-    norm = perturbation.norm
     flips = (((z_ref > 0) != (z_rec > 0)) & valid).sum((1, 2)).double()
-    return Checks(
-        margin=batch.margin(recovered.logits).double(),
-        norm=norm,
-        norm_relative=norm / h_norm,
-        preactivation_drift=(moved / scale).amax((1, 2)),
-        preactivation_drift_absolute=moved.amax((1, 2)),
-        drift_absolute=change,
-        drift_relative=torch.where(floor > 0, change / floor, nan),
-        drift_assigned=drift_assigned,
-        clamp_mismatch=clamp_mismatch,
-        firings_kept=torch.where(n_fired > 0, still.sum((1, 2)) / n_fired, nan),
-        displacement=torch.where(displaced > 0, displaced_now / displaced, nan),
-        gate_flips=flips,
+    return _Features(
+        drift=(moved / scale).amax((1, 2)),
+        drift_absolute=moved.amax((1, 2)),
+        elsewhere=_elsewhere(bank, frame, reference.whole, recovered.whole, positions),
+        code=(torch.where(valid, (z_rec - z_ref).abs(), 0.0) / scale).amax((1, 2)),
+        fallen=(torch.where(valid, (z_ref - z_rec).clamp_min(0), 0.0) / scale).amax((1, 2)),
+        change=_square(torch.where(here, z_rec - z_ref, 0.0)),
+        size=_square(torch.where(here, z_ref, 0.0)),
+        floor=TAU**2 * n_held * median.square(),
+        off_assigned=off,
+        mismatch=mismatch,
+        fired=fired.sum((1, 2)).double(),
+        still=still.sum((1, 2)).double(),
+        displaced=_square(reference.after.double() - reference.before.double()),
+        displaced_now=_square(recovered.clamped.double() - recovered.before.double()),
+        flips=flips,
         overtaken=flips if bank.guarantee == "margin" else torch.zeros_like(flips),
-        rounding_floor=_rounding_floor(subject, bank, frame, reference.after, perturbation),
     )
 
 
-def _rounding_floor(
-    subject: Subject, bank: FeatureBank, frame: Frame, h: Tensor, perturbation: Perturbation
+def _moved(bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """|Δp| [n p k] between two residuals [n p d] in float64, and its scale ‖a_i‖·‖h‖."""
+    change = bank.preactivations(after, frame) - bank.preactivations(before, frame)
+    length = bank.W_enc.double().norm(dim=1)[bank.slices(frame)][:, None].clamp_min(TINY)
+    return change.abs(), length * before.norm(dim=-1, keepdim=True).clamp_min(TINY)
+
+
+def _elsewhere(
+    bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor, positions: Tensor
 ) -> Tensor:
-    """[n] mean over draws of the drift that rounding alone makes of null-space vectors.
+    """[n] largest drift at tokens that are not perturbed; 0 where every token is."""
+    moved, scale = _moved(bank, frame, before.double(), after.double())
+    steps = torch.arange(before.shape[1], device=before.device)
+    perturbed = (positions.to(before.device)[:, :, None] == steps).any(1)
+    there = (steps < frame.prompt_length.to(before.device)[:, None]) & ~perturbed
+    valid = bank.valid[bank.slices(frame)][:, None] & there[..., None]
+    return torch.where(valid, moved / scale, 0.0).amax((1, 2))
 
-    h [n p d]: the reference residual. NaN where the SAE normalizes tokens: it has no null space.
+
+def _undo(
+    perturbation: Perturbation, reference: _Pass, held: Mapping[Site, FeatureBank], frame: Frame
+) -> tuple[Tensor, Tensor]:
+    """How far the perturbation just takes the clamp back (METHODS C.5), [n] each.
+
+    The cosine with what the clamp had added, negated, over all perturbed slots; NaN where it added
+    nothing. The share of the squared norm in the span of the held decoder rows.
     """
-    if bank.guarantee == "none":
-        return torch.full((len(h),), torch.nan, dtype=torch.float64, device=h.device)
-    space = NullSpace.of(bank.W_enc, bank.valid, bank.slices(frame))
-    delta = torch.stack(list(perturbation.deltas.values())).sum(0).to(h.device)
-    length = delta.norm(dim=-1, keepdim=True)
-    scale = bank.W_enc.norm(dim=1)[bank.slices(frame)][:, None].clamp_min(1e-30)
-    scale = scale * h.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-    valid = bank.valid[bank.slices(frame)][:, None]
-    generator = torch.Generator().manual_seed(0)
-    drifts = []
-    for _ in range(N_DRAWS):
-        v = space.retract(torch.randn(h.shape, generator=generator).to(h.device))
-        v = v * length / v.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-        rounded = (h.float() + v).to(subject.model.dtype)
-        moved = bank.preactivations(rounded.double(), frame) - bank.preactivations(
-            h.double(), frame
-        )
-        here = valid & (perturbation.positions >= 0).to(h.device)[..., None]
-        drifts.append((torch.where(here, moved.abs(), 0.0) / scale).amax((1, 2)))
-    return torch.stack(drifts).mean(0).double()
+    dot = there = inside = torch.zeros(len(frame.ids), dtype=torch.float64)
+    for site, delta in perturbation.deltas.items():
+        delta = delta.double().cpu()
+        read = reference.at(site)
+        back = (read.before - read.clamped).double().cpu()
+        dot = dot + (delta * back).sum((1, 2))
+        there = there + _square(back)
+        if site in held:
+            bank = held[site]
+            rows = NullSpace.of(bank.W_dec.mT, bank.valid, bank.slices(frame))
+            outside = rows.retract(perturbation.deltas[site]).double().cpu()
+            inside = inside + _square(delta - outside)
+    norm = perturbation.norm.cpu()
+    nan = torch.full_like(norm, torch.nan)
+    cosine = torch.where((there > 0) & (norm > 0), dot / (there.sqrt() * norm).clamp_min(TINY), nan)
+    share = torch.where(norm > 0, inside / norm.square().clamp_min(TINY), nan)
+    device = perturbation.positions.device
+    return cosine.to(device), share.to(device)
 
 
-@dataclass(frozen=True)
-class _States:
-    """Logits [n vocab] and the residual [n p d] before the clamp, after it, and at the end."""
-
-    logits: Tensor
-    before: Tensor
-    clamped: Tensor
-    after: Tensor
-
-
-def _states(
+def _rounding_floor(
     subject: Subject,
-    batch: Batch,
-    edits: Sequence[Edit],
-    perturbation: Perturbation | None,
-    site: Site,
-    positions: Tensor,
-    clamp_first: bool,
-) -> _States:
-    before, clamped, after = (Capture(site) for _ in range(3))
-    added = () if perturbation is None else (perturbation,)
-    clamp = (before, *edits, clamped)
-    passed = (*clamp, *added, after) if clamp_first else (*added, *clamp, after)
-    logits = subject.outputs(batch, passed)[:, -1]
-    read = [capture.at(batch.ids, positions) for capture in (before, clamped, after)]
-    return _States(logits, *read)
+    held: Mapping[Site, FeatureBank],
+    frame: Frame,
+    reference: _Pass,
+    perturbation: Perturbation,
+) -> Tensor:
+    """[n] mean over draws of the largest drift that rounding alone makes of null-space vectors, at
+    sites that are held and perturbed. NaN where there is none, or where the SAE normalizes tokens
+    and so has no null space."""
+    sites = [site for site in perturbation.sites if site in held]
+    if not sites or any(held[site].guarantee == "none" for site in sites):
+        device = perturbation.positions.device
+        return torch.full((len(frame.ids),), torch.nan, dtype=torch.float64, device=device)
+    floors = []
+    for site in sites:
+        bank, h = held[site], reference.at(site).after
+        space = NullSpace.of(bank.W_enc, bank.valid, bank.slices(frame))
+        length = perturbation.deltas[site].norm(dim=-1, keepdim=True).to(h.device)
+        here = (perturbation.positions >= 0).to(h.device)[..., None]
+        valid = bank.valid[bank.slices(frame)][:, None] & here
+        generator = torch.Generator().manual_seed(0)
+        drifts = []
+        for _ in range(N_DRAWS):
+            v = space.retract(torch.randn(h.shape, generator=generator).to(h.device))
+            v = v * length / v.norm(dim=-1, keepdim=True).clamp_min(TINY)
+            rounded = (h.float() + v).to(subject.model.dtype)
+            moved, scale = _moved(bank, frame, h.double(), rounded.double())
+            drifts.append((torch.where(valid, moved, 0.0) / scale).amax((1, 2)))
+        floors.append(torch.stack(drifts))
+    return torch.stack(floors).amax(0).mean(0).double()
 
 
-def _norm(x: Tensor) -> Tensor:
-    """[n] Frobenius norm over positions and the last axis, in float64."""
-    return x.double().pow(2).sum((1, 2)).sqrt()
+def _square(x: Tensor) -> Tensor:
+    """[n] squared Frobenius norm over positions and the last axis, in float64."""
+    return x.double().pow(2).sum((1, 2))

@@ -73,7 +73,7 @@ def test_an_exact_constraint_holds_on_the_gpu(dtype: torch.dtype) -> None:
     spec = RecoverySpec(constraint=EncoderNull(), steps=20, doublings=1, budget=Budget(relative=1))
     found = recover(tiny_problem(subject, batch, bank), spec, seed=0)
     push = Perturbation(batch.ids, batch.prompt_length[:, None] - 1, {SITE: found.delta})
-    checks = verify(subject, batch, (), push, bank, {"*": 1.0}, True)
+    checks = verify(subject, batch, (), push, {SITE: bank}, {SITE: {"*": 1.0}}, True)
     if dtype == torch.float32:
         assert checks.preactivation_drift.max() < 1e-6
     else:

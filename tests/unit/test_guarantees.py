@@ -56,7 +56,7 @@ def checked(subject: Subject, batch: Batch, sae: SAE, budget: float = 0.5) -> Ch
     spec = RecoverySpec(constraint=EncoderNull(), steps=20, doublings=1, budget=Budget(relative=1))
     found = recover(problem, spec, seed=0)
     perturbation = Perturbation(batch.ids, batch.prompt_length[:, None] - 1, {SITE: found.delta})
-    return verify(subject, batch, (), perturbation, bank, {"*": 1.0}, True)
+    return verify(subject, batch, (), perturbation, {SITE: bank}, {SITE: {"*": 1.0}}, True)
 
 
 def some(ids: Any) -> FeatureSet:
@@ -97,7 +97,7 @@ def test_of_a_topk_preactivations_stay_and_overtaking_is_counted(
 
     def along(scale: float) -> Checks:
         perturbation = Perturbation(batch.ids, positions, {SITE: scale * v})
-        return verify(subject, batch, (), perturbation, bank, {"*": 1.0}, True)
+        return verify(subject, batch, (), perturbation, {SITE: bank}, {SITE: {"*": 1.0}}, True)
 
     near, far = along(1e-4), along(20.0)
     for checks in (near, far):

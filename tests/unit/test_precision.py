@@ -48,7 +48,8 @@ def recovered(
     found = recover(problem, spec, seed=0)
     positions = batch.prompt_length[:, None] - 1
     perturbation = Perturbation(batch.ids, positions, {SITE: found.delta})
-    return verify(subject, batch, (), perturbation, bank, {"*": 1.0}, True), perturbation
+    held, scale = {SITE: bank}, {SITE: {"*": 1.0}}
+    return verify(subject, batch, (), perturbation, held, scale, True), perturbation
 
 
 def test_drift_in_bfloat16_is_at_the_rounding_floor(
@@ -75,11 +76,11 @@ def test_the_floor_is_what_rounding_makes_of_random_null_space_vectors(
         delta = torch.randn(len(prompts), 1, 32, generator=generator)
         delta = 3.0 * delta / delta.norm(dim=-1, keepdim=True)
         perturbation = Perturbation(prompts.ids, positions, {SITE: delta})
-        checks = verify(half, prompts, (), perturbation, bank, {"*": 1.0}, True)
+        checks = verify(half, prompts, (), perturbation, {SITE: bank}, {SITE: {"*": 1.0}}, True)
         floors.append(checks.rounding_floor)
     torch.testing.assert_close(floors[0], floors[1])
     in_float32 = verify(
-        tiny_subject(), prompts, (), perturbation, bank, {"*": 1.0}, True
+        tiny_subject(), prompts, (), perturbation, {SITE: bank}, {SITE: {"*": 1.0}}, True
     ).rounding_floor
     assert (in_float32 < 1e-6).all() and (floors[0] > 100 * in_float32).all()
 
@@ -117,7 +118,7 @@ def test_replay_in_bfloat16_is_the_full_pass_to_its_precision(
 def _record(drift: float, floor: float | None) -> dict[str, Any]:
     checks = {"exact": True, "preactivation_drift_max": 3 * drift}
     if floor is not None:
-        checks |= {"preactivation_drift_mean": drift, "rounding_floor_mean": floor}
+        checks |= {"broken_mean": drift, "rounding_floor_mean": floor}
     counts = {"recovered": 0, "not_recovered": 9, "infeasible": 0, "diverged": 0, "undecided": 0}
     stages = {"valid": 9, "recovered": 0}
     return {
@@ -147,5 +148,5 @@ def test_a_per_token_norm_has_no_floor(
     bank = FeatureBank.of(sae, features)
     positions = batch.prompt_length[:, None] - 1
     perturbation = Perturbation(batch.ids, positions, {SITE: torch.ones(len(batch), 1, 32)})
-    checks = verify(subject, batch, (), perturbation, bank, {"*": 1.0}, True)
+    checks = verify(subject, batch, (), perturbation, {SITE: bank}, {SITE: {"*": 1.0}}, True)
     assert checks.rounding_floor.isnan().all()

@@ -46,8 +46,12 @@ class LinearReplay:
         return SimpleNamespace(batch_size=self.batch_size)
 
     @property
-    def site(self) -> Site:
-        return SITE
+    def sites(self) -> tuple[Site, ...]:
+        return (SITE,)
+
+    @property
+    def reference(self) -> dict[Site, Tensor]:
+        return {SITE: self.base}
 
     @property
     def base(self) -> Tensor:
@@ -95,7 +99,7 @@ def linear_problem(
         replay=LinearReplay(slopes, start, batch.frame(), batch_size),  # type: ignore[arg-type]
         batch=batch,
         goal=goal,
-        held=FeatureBank.of(random_sae(SITE), features),
+        held={SITE: FeatureBank.of(random_sae(SITE), features)},
         reference_norm=torch.full((n,), D**0.5),
         radius=torch.full((n,), radius),
     )
@@ -103,7 +107,7 @@ def linear_problem(
 
 def null_projector(problem: Problem) -> Tensor:
     """I − A A⁺ from a pseudo-inverse, independent of the QR under test."""
-    A = problem.held.W_enc[0].double()
+    A = problem.held[SITE].W_enc[0].double()
     return (torch.eye(D, dtype=torch.float64) - A @ torch.linalg.pinv(A)).float()
 
 
@@ -222,7 +226,7 @@ def test_dependent_columns_are_counted_once() -> None:
 def test_a_bottleneck_is_not_recovered_and_the_published_way_reports_a_false_breach() -> None:
     """METHODS Q 8 in closed form: the margin depends on held encoder directions alone."""
     probe = linear_problem(torch.zeros(6, D), torch.zeros(6), torch.ones(6), 8.0)
-    slopes = torch.randn(6, 6) @ probe.held.W_enc[0].T  # in the span of the held columns
+    slopes = torch.randn(6, 6) @ probe.held[SITE].W_enc[0].T  # in the span of the held columns
     problem = linear_problem(slopes, -torch.ones(6), torch.ones(6), 8.0)
     exact = recover(problem, RecoverySpec(constraint=EncoderNull(), steps=40), seed=0)
     assert exact.outcomes == ("not_recovered",) * 6
@@ -241,7 +245,7 @@ def test_a_rate_that_still_grows_leaves_the_rest_undecided() -> None:
         slopes, torch.tensor([-1.6 * gained, -20.0]), torch.tensor([1e-6, 1e-6]), radius
     )
     spec = RecoverySpec(constraint=Unconstrained(), steps=steps, lr=lr, doublings=1)
-    starts = _starts(problem, Unconstrained().feasible(problem), spec, 0, torch.tensor([0]))
+    starts = _starts(problem, problem, Unconstrained().feasible(problem), spec, 0, torch.tensor([0]))
     assert starts.start[:, 0, 0].max() < 1.6 * gained, "the fixture: no start is there already"
     found = recover(problem, spec, seed=0)
     assert found.outcomes == ("recovered", "undecided")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from holdfast.constraints import ConstraintKind
-from holdfast.errors import ConstraintError
+from holdfast.constraints import ConstraintKind, Promise, check_affine, only_site
 from holdfast.problem import Problem
 from holdfast.subspace import NullSpace
 
@@ -27,17 +26,10 @@ class EncoderNull(ConstraintKind):
     kind: Literal["encoder_null"] = "encoder_null"
 
     @property
-    def exact(self) -> bool:
-        return True
+    def promise(self) -> Promise:
+        return "preactivations"
 
     def feasible(self, problem: Problem) -> NullSpace:
-        held = problem.held
-        if held.guarantee == "none":
-            assert held.norm is not None
-            raise ConstraintError(
-                f"encoder_null cannot hold the features at {held.site}: their SAE normalizes each "
-                f"token ({held.norm.norm}), so they depend on the residual's norm as well as on "
-                "its encoder directions; use unconstrained or gradient_projection, which promise "
-                "nothing, or an SAE with plain inputs"
-            )
+        held = only_site(problem, self.kind)
+        check_affine(problem, self.kind)
         return NullSpace.of(held.W_enc, held.valid, held.slices(problem.replay.frame))

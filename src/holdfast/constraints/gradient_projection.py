@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.constraints import ConstraintKind
+from holdfast.constraints import ConstraintKind, Promise, only_site
 from holdfast.problem import Problem
 from holdfast.steppers import Adam
+from holdfast.subspace import into_ball
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class ProjectedGradient:
     def retract(self, delta: Tensor) -> Tensor:
         return delta
 
+    def inside(self, delta: Tensor, radius: Tensor) -> Tensor:
+        return into_ball(delta, radius)
+
 
 class GradientProjection(ConstraintKind):
     """What the released code of arXiv 2606.18322 does (core.py, METHODS C.2): it leaks.
@@ -51,15 +55,15 @@ class GradientProjection(ConstraintKind):
     ridge: float = Field(1e-4, gt=0)
 
     @property
-    def exact(self) -> bool:
-        return False
+    def promise(self) -> Promise:
+        return "nothing"
 
     @property
     def stepper(self) -> Adam:
         return Adam()
 
     def feasible(self, problem: Problem) -> ProjectedGradient:
-        held = problem.held
+        held = only_site(problem, self.kind)
         A = held.W_enc.double()
         k, d = A.shape[2], A.shape[1]
         ridge = self.ridge * torch.eye(k, dtype=A.dtype, device=A.device)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from holdfast.constraints import ConstraintKind
+from holdfast.constraints import ConstraintKind, Promise
 from holdfast.problem import Problem
 from holdfast.subspace import Everything
 
@@ -17,8 +17,8 @@ class Unconstrained(ConstraintKind):
     kind: Literal["unconstrained"] = "unconstrained"
 
     @property
-    def exact(self) -> bool:
-        return True
+    def promise(self) -> Promise:
+        return "nothing"
 
     @property
     def looser(self) -> None:

@@ -1,0 +1,159 @@
+"""How a constraint on the residual of each site is kept at several sites at once.
+
+A vector at one site moves the features of later ones, through the blocks between. So the constraint
+acts inside the forward pass: at each clamped site and perturbed position, after clamp and
+perturbation, the residual is replaced by the nearest one that the constraint allows. That is
+causal, differentiable, and needs no Jacobian; what was really added at each slot is what is saved,
+counted against the budget, and verified.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from holdfast.constraints import ConstraintKind, Promise, check_affine
+from holdfast.errors import ConstraintError
+from holdfast.problem import Problem
+from holdfast.replay import Replay
+from holdfast.sites import Site
+from holdfast.subspace import FeasibleSet, norms
+
+SLACK = 1e-4
+"""Relative amount by which a norm may exceed its budget."""
+
+MAX_ROUNDS = 8
+"""Most times an iterate is scaled into its ball and retracted again."""
+
+
+class HoldingKind(ConstraintKind):
+    """A constraint on how the residual of a site may differ from the reference.
+
+    With one site the difference is the perturbation, and the search moves in that set directly.
+    """
+
+    @property
+    def promise(self) -> Promise:
+        return "preactivations"
+
+    @abstractmethod
+    def space(self, problem: Problem, site: Site) -> FeasibleSet:
+        """The set that differences [n p d_model] at a held site have to stay in."""
+
+    def acting(self, problem: Problem) -> Problem:
+        self.check(problem)
+        if _direct(problem):
+            return problem
+        hold = {
+            site: Nearest(self.space(problem, site), problem.replay.reference[site])
+            for site in problem.moved
+        }
+        return replace(problem, replay=replace(problem.replay, hold=hold))
+
+    def feasible(self, problem: Problem) -> FeasibleSet:
+        self.check(problem)
+        spaces = [self.space(problem, site) for site in problem.moved]
+        if _direct(problem):
+            return spaces[0]
+        n, _, d = problem.shape
+        everything = torch.full((n,), d, device=problem.goal.device)
+        free = torch.stack([everything, *(space.dimension for space in spaces)]).amin(0)
+        return HeldInPlace(problem.replay, free)
+
+    def check(self, problem: Problem) -> None:
+        """Raise ConstraintError where the constraint could not keep its promise."""
+        check_affine(problem, self.kind)
+        if not problem.moved:
+            raise ConstraintError(
+                f"{self.kind} has nothing to hold: the clamped sites lie below "
+                f"{problem.sites[0]}, where no perturbation can reach their features"
+            )
+        free = [site for site in problem.moved if site not in problem.sites]
+        if free:
+            raise ConstraintError(
+                f"{self.kind} adds a vector at every clamped site, and "
+                f"{', '.join(map(str, free))} is clamped but not perturbed; perturb every clamped "
+                f"site from {problem.sites[0]} on, or use jacobian_null"
+            )
+        late = [s for edit in problem.replay.after for s in edit.sites if s in problem.sites]
+        if late and not _direct(problem):
+            raise ConstraintError(
+                f"{self.kind} at several sites needs order clamp_then_perturbation: with the clamp "
+                "last there is no vector that could be added after it"
+            )
+
+
+def _direct(problem: Problem) -> bool:
+    return problem.sites == problem.moved and len(problem.sites) == 1
+
+
+class _Set(Protocol):
+    def rows(self, rows: Tensor) -> _Set: ...
+
+    def retract(self, delta: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Replaces a residual by the nearest whose difference from the reference lies in `space`.
+
+    reference [n p d_model].
+    """
+
+    space: _Set
+    reference: Tensor
+
+    def rows(self, rows: Tensor) -> Nearest:
+        return Nearest(self.space.rows(rows), self.reference[rows])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.reference + self.space.retract(x - self.reference)
+
+
+@dataclass(frozen=True)
+class HeldInPlace:
+    """Vectors that are what the forward pass makes of them; zero is one.
+
+    An iterate is run once more without gradient, and what was really added at each slot takes its
+    place.
+    """
+
+    replay: Replay
+    free: Tensor
+
+    @property
+    def dimension(self) -> Tensor:
+        return self.free
+
+    def rows(self, rows: Tensor) -> HeldInPlace:
+        return HeldInPlace(self.replay.rows(rows), self.free[rows])
+
+    def tangent(self, gradient: Tensor) -> Tensor:
+        # The gradient has come through the retraction already.
+        return gradient
+
+    def retract(self, delta: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.replay.realized(delta)
+
+    def inside(self, delta: Tensor, radius: Tensor) -> Tensor:
+        """The budget binds what is really added: the iterate is scaled until that fits.
+
+        Clipping what was retracted instead would break the later sites. The ratio of norms is right
+        to first order, and at 0 anything fits, so a few rounds that shrink a little more each time
+        always end.
+        """
+        kept = self.retract(delta)
+        for attempt in range(MAX_ROUNDS):
+            length = norms(kept).flatten()
+            over = length > radius * (1 + SLACK)
+            if not over.any():
+                return kept
+            shrunk = torch.where(over, radius / length * (1 - 0.02 * attempt), 1.0)
+            kept = self.retract(kept * shrunk[:, None, None])
+        over = norms(kept).flatten() > radius * (1 + SLACK)
+        return torch.where(over[:, None, None], 0.0, kept)
