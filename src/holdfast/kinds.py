@@ -8,6 +8,7 @@ from holdfast.behaviors import BEHAVIORS
 from holdfast.config import nearest
 from holdfast.constraints import CONSTRAINTS
 from holdfast.controls import CONTROLS
+from holdfast.datasets import DATASETS
 from holdfast.discovery import DISCOVERIES
 from holdfast.errors import UnknownNameError
 from holdfast.interventions import INTERVENTIONS
@@ -16,7 +17,9 @@ from holdfast.saes.sources import SOURCES
 
 FAMILIES_OF_KINDS: dict[str, Registry] = {
     registry.family: registry
-    for registry in (BEHAVIORS, DISCOVERIES, INTERVENTIONS, CONSTRAINTS, CONTROLS, SOURCES)
+    for registry in (
+        BEHAVIORS, DATASETS, DISCOVERIES, INTERVENTIONS, CONSTRAINTS, CONTROLS, SOURCES,
+    )  # fmt: skip
 }
 
 

@@ -68,8 +68,9 @@ class Study(Config):
         return self
 
     def canonical(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return self.model_dump(mode="json", by_alias=True)
+        """As plain JSON types. Data files stand in it by their hash and not by their path, so that
+        a run can be read after they have moved."""
+        return self.model_dump(mode="json", by_alias=True, context={"identity": True})
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,9 @@ def _at_point(study: Study, audit: Audit, point: dict[str, Any]) -> dict[str, An
             # Another kind has other fields: those of the kind it replaces would be unknown to it.
             _put(fields, path.removesuffix(".kind"), {"kind": value})
         else:
+            table = _get(fields, path.rpartition(".")[0])
+            if isinstance(table, dict) and not path.endswith(".sha256"):
+                table.pop("sha256", None)  # it was that of what is replaced
             _put(fields, path, deepcopy(value))
     return {
         "seed": fields["seed"],

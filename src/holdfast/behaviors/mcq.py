@@ -2,73 +2,189 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 
 from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
+from holdfast.behaviors.asking import INSTRUCTION, Asking
 from holdfast.config import nearest
+from holdfast.datasets import DATASETS, Dataset, DatasetKind
+from holdfast.datasets.questions import QuestionSet, questions_of
+from holdfast.errors import StudyError
 from holdfast.organism import corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def _source(value: Any) -> Any:
+    if isinstance(value, str):
+        if value != "organism":
+            raise ValueError(
+                f"expected 'organism' or a table with a `kind` from datasets "
+                f"({', '.join(DATASETS.names())}), got {value!r}"
+            )
+        return value
+    return DATASETS.parse(value)
+
+
 class MultipleChoice(BehaviorKind):
     """The right letter beats the three others at the last prompt token (METHODS J).
 
     source: whose questions; `organism` is the invented language's, which keeps 12 of the 24 orders
-    of every question out of training. permutations: at most so many orders are asked per question;
-    a question is one cluster. The other domains are the neighbors whose accuracy the intervention
-    should leave alone. The questions of a split are a fixed list, cut from the front: the seed does
-    not redraw them.
+    of every question out of training, and `domain` is one of its four; else a dataset with the
+    columns question, choices (four texts), answer (index from 0, letter or text) and maybe subject.
+    permutations: at most so many orders of the choices are asked per question; a question is one
+    cluster.
+
+    For a dataset, which questions a split has is drawn by the seed, and so are the orders of their
+    choices: where the file has the right one means nothing. retain: other question sets, the
+    neighbors whose accuracy the intervention should leave alone (the organism's are its other
+    domains). instruction: the prompt's first line, none if empty. chat: ask in the tokenizer's chat
+    template and begin the reply with "Answer:". drop_repeats: leave out questions that are there
+    again or offer a choice twice; without it they are errors.
+
+    The questions of the organism's splits are a fixed list, cut from the front: the seed does not
+    redraw them.
     """
 
     kind: Literal["mcq"] = "mcq"
-    source: Literal["organism"] = "organism"
-    domain: str = "hazard"
+    source: Annotated[
+        Literal["organism"] | SerializeAsAny[DatasetKind], BeforeValidator(_source)
+    ] = "organism"
+    domain: str | None = None
     permutations: int = Field(12, ge=1, le=24)
+    retain: dict[str, Dataset] = Field(default_factory=dict)
+    instruction: str | None = None
+    chat: bool = False
+    drop_repeats: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        organism = data.get("source", "organism") == "organism"
+        name, default = ("domain", "hazard") if organism else ("instruction", INSTRUCTION)
+        return data if data.get(name) is not None else data | {name: default}
 
     @field_validator("domain")
     @classmethod
-    def _known(cls, domain: str) -> str:
-        if domain not in corpus.DOMAINS:
+    def _known(cls, domain: str | None) -> str | None:
+        if domain is not None and domain not in corpus.DOMAINS:
             raise ValueError(f"unknown domain {domain!r}: {nearest(domain, corpus.DOMAINS)}")
         return domain
+
+    @field_validator("retain")
+    @classmethod
+    def _names(cls, retain: dict[str, DatasetKind]) -> dict[str, DatasetKind]:
+        for name in retain:
+            if not name.replace("-", "_").isidentifier():
+                raise ValueError(f"expected a name of letters, digits, - and _, got {name!r}")
+        return retain
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _readable(
+        cls, data: Any, handler: ModelWrapValidatorHandler[MultipleChoice]
+    ) -> MultipleChoice:
+        """What a study names is read with it, before any model is loaded. A record's data, known
+        by hash, need not be there."""
+        self = handler(data)
+        if self.source == "organism":
+            of_a_dataset = ("retain", "instruction", "chat", "drop_repeats")
+            given = [name for name in of_a_dataset if getattr(self, name)]
+            if given:
+                raise ValueError(f"{given[0]} needs a dataset as the source, not 'organism'")
+            return self
+        if self.domain is not None:
+            raise ValueError("domain is one of the organism's four; a dataset has none")
+        if isinstance(data, dict):
+            named = (data.get("source"), *(data.get("retain") or {}).values())
+            if any(isinstance(each, dict) and not each.get("sha256") for each in named):
+                try:
+                    self._question_sets()
+                except StudyError as error:
+                    raise ValueError(str(error)) from None
+        return self
 
     def examples(
         self, tokenizer: PreTrainedTokenizerBase, split: Split, n: int, seed: int
     ) -> list[Example]:
-        return self._ask(self.domain, split, n)
+        if self.source == "organism":
+            assert self.domain is not None
+            return _ask_organism(self.domain, split, n, self.permutations)
+        return self._asking(tokenizer).examples(self._question_sets()[""], split, n, seed)
 
     def neighbors(
         self, tokenizer: PreTrainedTokenizerBase, split: Split, n: int, seed: int
     ) -> dict[str, list[Example]]:
-        others = [domain for domain in corpus.DOMAINS if domain != self.domain]
-        return {domain: self._ask(domain, split, n) for domain in others}
+        if self.source == "organism":
+            others = [domain for domain in corpus.DOMAINS if domain != self.domain]
+            return {d: _ask_organism(d, split, n, self.permutations) for d in others}
+        asking = self._asking(tokenizer)
+        return {
+            name: asking.examples(questions, split, n, seed)
+            for name, questions in self._question_sets().items()
+            if name
+        }
 
-    def _ask(self, domain: str, split: Split, n: int) -> list[Example]:
-        by_question = [
-            [(question, order) for order in corpus.held_out_permutations(question)]
-            for question in corpus.questions(domain, split)
-        ]
-        # One order of every question, then the next, so that a cut keeps as many questions as it
-        # can.
-        rounds = list(zip(*by_question, strict=True))[: self.permutations]
-        examples = []
-        for question, permutation in [asked for one in rounds for asked in one][:n]:
-            gold = corpus.LETTERS[permutation.index(question.answer)]
-            others = tuple(letter for letter in corpus.LETTERS if letter != gold)
-            examples.append(
-                Example(
-                    id=f"{question.id}:{''.join(map(str, permutation))}",
-                    text=corpus.question_text(question, permutation),
-                    target=gold,
-                    rivals=others,
-                    alternatives=others,
-                    cluster=question.id,
-                    group=domain,
+    def _asking(self, tokenizer: PreTrainedTokenizerBase) -> Asking:
+        return Asking(tokenizer, self.permutations, self.instruction or "", self.chat)
+
+    def _question_sets(self) -> dict[str, QuestionSet]:
+        """The source's questions under "", the others under their names.
+
+        Raises StudyError if a question is to be forgotten and retained.
+        """
+        assert isinstance(self.source, DatasetKind)
+        source = questions_of(self.source, self.drop_repeats)
+        sets = {"": source}
+        for name, dataset in self.retain.items():
+            questions = questions_of(dataset, self.drop_repeats)
+            others = questions.without(source)
+            shared = len(questions.questions) - len(others.questions)
+            if shared and not self.drop_repeats:
+                raise StudyError(
+                    f"retain.{name}: {shared} of its {len(questions.questions)} questions are "
+                    f"the source's too ({source.label}); what should go cannot be what should "
+                    "stay: name another set, or leave them out of it with drop_repeats = true"
                 )
+            sets[name] = others
+        for each in sets.values():
+            each.split("test", 0)  # enough for every split
+        return sets
+
+
+def _ask_organism(domain: str, split: Split, n: int, permutations: int) -> list[Example]:
+    by_question = [
+        [(question, order) for order in corpus.held_out_permutations(question)]
+        for question in corpus.questions(domain, split)
+    ]
+    # One order of every question, then the next, so that a cut keeps as many questions as it can.
+    rounds = list(zip(*by_question, strict=True))[:permutations]
+    examples = []
+    for question, order in [asked for one in rounds for asked in one][:n]:
+        gold = corpus.LETTERS[order.index(question.answer)]
+        others = tuple(letter for letter in corpus.LETTERS if letter != gold)
+        examples.append(
+            Example(
+                id=f"{question.id}:{''.join(map(str, order))}",
+                text=corpus.question_text(question, order),
+                target=gold,
+                rivals=others,
+                alternatives=others,
+                cluster=question.id,
+                group=domain,
             )
-        return examples
+        )
+    return examples

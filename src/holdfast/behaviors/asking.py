@@ -1,0 +1,99 @@
+"""How a multiple-choice question becomes a prompt, and its choices' order the right letter."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from holdfast.batch import Example
+from holdfast.behaviors import Split
+from holdfast.behaviors.continuation import as_one_token
+from holdfast.chat import Rendered, render
+from holdfast.datasets.questions import LETTERS, Question, QuestionSet
+from holdfast.errors import StudyError
+from holdfast.organism.prompts import PERMUTATIONS, Permutation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INSTRUCTION = "Read the question and pick the one answer that is correct."
+CUE = "Answer:"
+
+
+@dataclass(frozen=True)
+class Asking:
+    """An instruction line, the question, lettered choices, `Answer:`; the letter comes next.
+
+    permutations: at most so many orders of a question's choices. chat: the question is a user turn
+    in the tokenizer's chat template, and the reply begins with `Answer:`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    permutations: int
+    instruction: str = INSTRUCTION
+    chat: bool = False
+
+    def examples(self, questions: QuestionSet, split: Split, n: int, seed: int) -> list[Example]:
+        """At most n prompts: one order of every question, then the next, so that a cut keeps as
+        many questions as it can.
+
+        Raises StudyError if the letters are not one token each.
+        """
+        asked = questions.split(split, seed)[:n]
+        orders = [_orders(question, seed) for question in asked]
+        turns = (
+            (question, order[turn])
+            for turn in range(self.permutations)
+            for question, order in zip(asked, orders, strict=True)
+        )
+        examples: list[Example] = []
+        letters: list[str] = []
+        for question, order in itertools.islice(turns, n):
+            text, suffix = self._prompt(question, order)
+            letters = letters or self._letters(text)  # every prompt ends alike
+            gold = order.index(question.answer)
+            others = tuple(letter for slot, letter in enumerate(letters) if slot != gold)
+            examples.append(
+                Example(
+                    id=f"{question.id}:{''.join(map(str, order))}",
+                    text=text,
+                    target=letters[gold],
+                    rivals=others,
+                    alternatives=others,
+                    cluster=question.id,
+                    group=question.subject,
+                    suffix=suffix,
+                    special=not self.chat,
+                )
+            )
+        return examples
+
+    def _prompt(self, question: Question, order: Permutation) -> Rendered:
+        """Slot j shows choices[order[j]]; the text ends right before the letter."""
+        slots = [f"{a}. {question.choices[i]}" for a, i in zip(LETTERS, order, strict=True)]
+        first = [self.instruction, ""] if self.instruction else []
+        asked = "\n".join((*first, question.text, *slots))
+        if not self.chat:
+            return Rendered(f"{asked}\n{CUE}", "")
+        text, suffix = render(self.tokenizer, asked)
+        return Rendered(text + CUE, suffix + CUE)
+
+    def _letters(self, prompt: str) -> list[str]:
+        """The letters as texts that are the one token which comes after a prompt."""
+        found = as_one_token(self.tokenizer, prompt, LETTERS, special=not self.chat)
+        if len(found) < len(LETTERS):
+            raise StudyError(
+                f"mcq: expected the letters {', '.join(LETTERS)} to be one token each after "
+                f"{prompt[-20:]!r}, got {', '.join(found) or 'none'}: this tokenizer has no single "
+                "logit for an answer"
+            )
+        return [found[letter] for letter in LETTERS]
+
+
+def _orders(question: Question, seed: int) -> list[Permutation]:
+    """All 24 orders of the choices, in an order of the question's own."""
+    orders = list(PERMUTATIONS)
+    random.Random(f"{seed}:{question.id}").shuffle(orders)
+    return orders
