@@ -26,6 +26,26 @@ def margin_of(logits: Tensor, targets: Tensor, rivals: Tensor) -> Tensor:
     return target - logits.gather(-1, rivals).amax(-1)
 
 
+def lead(logits: Tensor, targets: Tensor, rivals: Tensor, forced: Tensor | None) -> Tensor:
+    """[n] how far an answer leads, in logits.
+
+    Without a forced answer: the target's lead over its rivals, logits [n vocab]. With one, logits
+    [n t vocab]: the smallest lead of a token of it over all other tokens of the vocabulary, which
+    is positive exactly if greedy decoding gives the answer. Its gradient is that of a soft minimum,
+    so that a step works on every token that lags and not on one alone.
+    """
+    if forced is None:
+        return margin_of(logits, targets, rivals)
+    there = forced >= 0
+    token = forced.clamp(min=0)[..., None]
+    own = logits.gather(-1, token).squeeze(-1)
+    others = logits.scatter(-1, token, -torch.inf).amax(-1)
+    leads = torch.where(there, own - others, torch.inf)
+    least = leads.amin(-1)
+    soft = -torch.logsumexp(torch.where(there, -leads, -torch.inf), -1)
+    return least.detach() + soft - soft.detach()
+
+
 @dataclass(frozen=True)
 class Frame:
     """What an edit may know about the rows and columns it is applied to.
@@ -68,6 +88,10 @@ class Batch:
     rivals [b m] token ids the target must beat; alternatives [b a] token ids of answers that could
     be forced instead; ids unique; clusters: the independent unit of each row (a question, a
     prompt); groups: the label a feature set can be keyed by.
+
+    forced [b t]: an answer of t tokens that is read instead of the target, -1 in front where it is
+    shorter, t = 0 for none. Its tokens but the last follow the prompt in `tokens` and count as
+    generated.
     """
 
     ids: tuple[str, ...]
@@ -81,6 +105,7 @@ class Batch:
     targets: Tensor
     rivals: Tensor
     alternatives: Tensor
+    forced: Tensor | None = None
 
     def __post_init__(self) -> None:
         b = len(self.ids)
@@ -115,7 +140,13 @@ class Batch:
     @property
     def prompt_length(self) -> Tensor:
         """[b] number of prompt tokens, BOS included."""
-        return self.positions[:, -1] + 1
+        end = self.positions[:, -1] + 1
+        return end if self.forced is None else end + 1 - (self.forced >= 0).sum(1)
+
+    @property
+    def n_read(self) -> int:
+        """At how many of the last columns the logits are read."""
+        return 1 if self.forced is None else self.forced.shape[1]
 
     def frame(self) -> Frame:
         return Frame(
@@ -153,6 +184,7 @@ class Batch:
             targets=self.targets[rows],
             rivals=self.rivals[rows],
             alternatives=self.alternatives[rows],
+            forced=None if self.forced is None else self.forced[rows],
         )
 
     def chunks(self, size: int) -> list[Batch]:
@@ -176,9 +208,50 @@ class Batch:
         return replace(self, targets=targets, rivals=rivals)
 
     def margin(self, logits: Tensor) -> Tensor:
-        """[b] how far the target leads its rivals, in logits; logits [b vocab] at the last prompt
-        token."""
-        return margin_of(logits, self.targets, self.rivals)
+        """[b] how far the answer leads, in logits; logits [b vocab], or [b t vocab] of a forced
+        answer, at the columns that are read."""
+        return lead(logits, self.targets, self.rivals, self.forced)
+
+    def forcing(self, answers: Sequence[Sequence[int]]) -> Batch:
+        """The same prompts, read for answers of several tokens instead of the target.
+
+        answers: b lists of token ids, none empty.
+        """
+        t = max(map(len, answers))
+        prompts = self.unforced()
+        device = self.tokens.device
+        forced = torch.full((len(self), t), -1, dtype=torch.long)
+        for row, answer in enumerate(answers):
+            forced[row, t - len(answer) :] = torch.as_tensor(list(answer))
+        forced = forced.to(device)
+        rows = []
+        for row, answer in enumerate(answers):
+            own = prompts.positions[row] >= 0
+            follow = torch.as_tensor(list(answer[:-1]), dtype=torch.long, device=device)
+            rows.append(torch.cat([prompts.tokens[row, own], follow]))
+        return replace(self._padded(rows), forced=forced)
+
+    def unforced(self) -> Batch:
+        """The prompts alone, read for their targets."""
+        if self.forced is None:
+            return self
+        n = self.prompt_length
+        rows = [
+            self.tokens[row, (self.positions[row] >= 0) & (self.positions[row] < n[row])]
+            for row in range(len(self))
+        ]
+        return replace(self._padded(rows), forced=None)
+
+    def _padded(self, rows: Sequence[Tensor]) -> Batch:
+        """This batch with other tokens, padded on the left; `forced` is left out."""
+        width = max(map(len, rows), default=1)
+        pad = int(self.tokens[0, 0]) if len(self) and bool(self.positions[0, 0] < 0) else 0
+        tokens = self.tokens.new_full((len(rows), width), pad)
+        positions = self.positions.new_full((len(rows), width), -1)
+        for row, own in enumerate(rows):
+            tokens[row, width - len(own) :] = own
+            positions[row, width - len(own) :] = torch.arange(len(own), device=own.device)
+        return replace(self, tokens=tokens, positions=positions, forced=None)
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(
@@ -195,6 +268,7 @@ class Batch:
                     "alternatives",
                 )
             },
+            forced=None if self.forced is None else self.forced.to(device),
         )
 
 

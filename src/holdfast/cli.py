@@ -34,7 +34,7 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", help="path=value, the value as TOML; repeatable")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="audit at most this many prompts")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:0")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0; auto spreads over all")]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="most rows in one pass or step")
 ]
@@ -42,6 +42,9 @@ BatchSize = Annotated[
 
 Workers = Annotated[
     int, typer.Option("--workers", min=0, help="trials side by side; 0 chooses by model and device")
+]
+DespiteFaults = Annotated[
+    bool, typer.Option("--despite-faults", help="go on where preflight finds results to be wrong")
 ]
 
 
@@ -54,11 +57,13 @@ def run(
     device: Device = "cpu",
     batch_size: BatchSize = 512,
     workers: Workers = 0,
+    despite_faults: DespiteFaults = False,
 ) -> None:
     """Run a study, or go on with one that was interrupted."""
     from holdfast.study import load, read_text
 
-    _run(load(study, set_ or (), limit), read_text(study), out, device, batch_size, workers)
+    loaded, text = load(study, set_ or (), limit), read_text(study)
+    _run(loaded, text, out, device, batch_size, workers, despite_faults)
 
 
 @app.command()
@@ -67,27 +72,58 @@ def demo(
     device: Device = "cpu",
     batch_size: BatchSize = 512,
     workers: Workers = 0,
+    despite_faults: DespiteFaults = False,
 ) -> None:
     """Audit the shipped organism: the whole method in about a minute."""
     from holdfast.study import bundled, parse
 
     text = bundled("demo")
-    _run(parse(text), text, out, device, batch_size, workers)
+    _run(parse(text), text, out, device, batch_size, workers, despite_faults)
 
 
 @app.command()
-def check(study: StudyArgument, set_: Sets = None, limit: Limit = None) -> None:
+def check(
+    study: StudyArgument, set_: Sets = None, limit: Limit = None, device: Device = "cpu"
+) -> None:
     """Look for mistakes before a run: model, SAEs, sites, splits, padding, cache."""
+    from holdfast.executor import Runtime, load_lab, threads_for
     from holdfast.preflight import preflight
     from holdfast.study import load, plan
     from holdfast.terminal import findings_table, working
 
-    planned = plan(load(study, set_ or (), limit))
+    planned, runtime = plan(load(study, set_ or (), limit)), Runtime(device)
     with working("checking"):
-        findings = preflight(planned)
+        lab = load_lab(planned, planned.trials, runtime)
+        with threads_for(lab, runtime):
+            made = preflight(planned, lab)
+    findings = list(dict.fromkeys(finding for found in made.values() for finding in found))
     findings_table(findings)
-    if any(not finding.passed for finding in findings):
+    if any(finding.stops for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    study: StudyArgument,
+    audit: Annotated[
+        str | None, typer.Option("--audit", help="whose clamp; not needed if there is one audit")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="[<audit>.clamp.safetensors]")] = None,
+    set_: Sets = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 512,
+) -> None:
+    """Write an audit's clamp to a file that runs on a plain transformers model."""
+    from holdfast.executor import Runtime
+    from holdfast.export import export_clamp
+    from holdfast.study import load, plan
+    from holdfast.terminal import console, working
+
+    planned = plan(load(study, set_ or ()))
+    with working("finding the features and the strength"):
+        exported = export_clamp(planned, audit, out, Runtime(device, batch_size))
+    for sentence in exported.sentences():
+        console().print(sentence, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -148,7 +184,13 @@ def organism_check(
 
 
 def _run(
-    study: Study, text: str, out: Path | None, device: str, batch_size: int, workers: int
+    study: Study,
+    text: str,
+    out: Path | None,
+    device: str,
+    batch_size: int,
+    workers: int,
+    despite_faults: bool,
 ) -> None:
     from holdfast.executor import Runtime
     from holdfast.report import write_report
@@ -159,10 +201,9 @@ def _run(
     planned = plan(study)
     folder = out or default_folder(planned)
     command = shlex.join(["holdfast", *sys.argv[1:]])
-    with progress(planned) as watcher:
-        done: RunReport = run_study(
-            planned, folder, Runtime(device, batch_size, workers, command), text, watcher
-        )
+    runtime = Runtime(device, batch_size, workers, command, despite_faults)
+    with progress(planned, despite_faults) as watcher:
+        done: RunReport = run_study(planned, folder, runtime, text, watcher)
     results_table(done.summary)
     if done.summary["trials"]:
         say_where(write_report(*open_run(folder)[:2], folder / "report.html"))

@@ -61,11 +61,12 @@ def never_fired(edit: object, site: Site) -> EditNeverFiredError:
 
 
 def splice(x: Tensor, change: Tensor, mask: Tensor) -> Tensor:
-    """x + change where mask, x itself (bit-equal) elsewhere; the sum is taken in float32.
+    """x + change where mask, x itself (bit-equal) elsewhere; the sum is taken in float32 at least.
 
     x [b s d], change [b s d], mask [b s].
     """
-    return torch.where(mask[..., None], (x.float() + change).to(x.dtype), x)
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.where(mask[..., None], (wide + change).to(x.dtype), x)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class FeatureEdit:
         z = self.bank.activations(x, frame)
         change = self.bank.decode(self.assigned(z, frame) - z, x, frame)
         if self.sae is not None and self.error_scale != 1.0:
-            error = x.float() - self.sae.decode(self.sae.encode(x), x)
+            h = x.float()
+            error = h - self.sae.decode(self.sae.encode(h), h)
             change = change - (1.0 - self.error_scale) * error
         mask = self.selects(site, frame)
         if self.gate is not None:

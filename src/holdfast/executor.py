@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from queue import SimpleQueue
@@ -34,12 +35,14 @@ class Runtime:
 
     workers: trials side by side, 0 for as many as there are cores if all subjects are small and on
     the CPU, else one. command: what repeats the run, for the record.
+    despite_faults: go on where preflight finds what makes results wrong.
     """
 
     device: str = "cpu"
     batch_size: int = 512
     workers: int = 0
     command: str = ""
+    despite_faults: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,39 +68,32 @@ def load_lab(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Lab:
     )
 
 
-def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Iterator[Done]:
-    """Run the trials and yield each as it ends.
+def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> Iterator[Done]:
+    """Run the trials and yield each as it ends. lab: their subjects, loaded.
 
     Any error but an empty valid set is raised here, after the trials at work have ended.
     """
     if not trials:
         return
-    first = load_lab(plan, trials, runtime)
-    small = _is_small(first, runtime)
+    small = _is_small(lab, runtime)
     n_workers = min(runtime.workers or (min(os.cpu_count() or 1, 4) if small else 1), len(trials))
     if n_workers == 1:
-        before = torch.get_num_threads()
-        # One thread for small subjects here too, so that the last trial of a resumed run computes
-        # what it would have computed beside others.
-        torch.set_num_threads(1 if small else before)
-        try:
+        with threads_for(lab, runtime):
             for trial in trials:
-                yield _run(trial, first)
-        finally:
-            torch.set_num_threads(before)
+                yield _run(trial, lab)
         return
     labs: SimpleQueue[Lab] = SimpleQueue()
-    labs.put(first)
+    labs.put(lab)
     for _ in range(n_workers - 1):
         labs.put(load_lab(plan, trials, runtime))
 
     def on_one_thread(trial: Trial) -> Done:
         torch.set_num_threads(1)  # of the calling thread's operations
-        lab = labs.get()
+        own = labs.get()
         try:
-            return _run(trial, lab)
+            return _run(trial, own)
         finally:
-            labs.put(lab)
+            labs.put(own)
 
     error: BaseException | None = None
     with ThreadPoolExecutor(n_workers) as pool:
@@ -119,6 +115,18 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Iterator[D
                 future.cancel()
     if error is not None:
         raise error
+
+
+@contextmanager
+def threads_for(lab: Lab, runtime: Runtime) -> Iterator[None]:
+    """One thread for small subjects, also where nothing runs beside: so the last trial of a resumed
+    run computes what it would have computed beside others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if _is_small(lab, runtime) else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _is_small(lab: Lab, runtime: Runtime) -> bool:

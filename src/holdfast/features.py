@@ -43,21 +43,16 @@ class SiteFeatures(Config):
                 raise ValueError(f"{len(self.ids)} ids but {len(given)} {name}")
         return self
 
-    def of(self, ids: tuple[int, ...]) -> SiteFeatures:
-        """Some of these features, in the order asked for, with what is known of each."""
-        rows = [self.ids.index(i) for i in ids]
-        known = {
-            name: tuple(getattr(self, name)[row] for row in rows) if getattr(self, name) else ()
-            for name in ("scores", "mean", "max")
-        }
-        return self.model_copy(update={"ids": ids, **known})
-
 
 class FeatureSet(Config):
-    """Features by site and group. A group `*` serves every prompt without features of its own."""
+    """Features by site and group. A group `*` serves every prompt without features of its own.
+
+    parts: the sets it is the union of, where each has a clamp of its own.
+    """
 
     entries: tuple[SiteFeatures, ...]
     source: str
+    parts: tuple[FeatureSet, ...] = Field((), exclude=True)
 
     @model_validator(mode="after")
     def _no_entry_twice(self) -> FeatureSet:
@@ -75,23 +70,12 @@ class FeatureSet(Config):
         """The entries of one site, by group."""
         return tuple(entry for entry in self.entries if Site.parse(entry.site) == site)
 
-    def of(self, entries: tuple[SiteFeatures, ...]) -> FeatureSet:
-        """The features that `entries` name, with what is known of them here.
-
-        Every group known at a site of `entries` gets them: its own entry's, or those for all.
-        """
-        chosen = []
-        for site in sorted({Site.parse(entry.site) for entry in entries}):
-            asked = {e.group: e.ids for e in entries if Site.parse(e.site) == site}
-            for known in self.at(site):
-                ids = asked.get(known.group, asked.get(EVERY_GROUP))
-                if ids is not None:
-                    chosen.append(known.of(ids))
-        return FeatureSet(entries=tuple(chosen), source=self.source)
-
     @classmethod
     def union(cls, sets: Sequence[FeatureSet]) -> FeatureSet:
-        """Every feature of any set, once; a group has those of its own and those for all."""
+        """Every feature of any set, once; a group has those of its own and those for all.
+
+        The sets are kept as its parts.
+        """
         entries = []
         for site in sorted({site for features in sets for site in features.sites}):
             at = [{entry.group: entry.ids for entry in f.at(site)} for f in sets]
@@ -100,7 +84,7 @@ class FeatureSet(Config):
                 unique = tuple(dict.fromkeys(i for own in merged for i in own))
                 entries.append(SiteFeatures(site=str(site), group=group, ids=unique))
         source = ", ".join(dict.fromkeys(features.source for features in sets))
-        return cls(entries=tuple(entries), source=source)
+        return cls(entries=tuple(entries), source=source, parts=tuple(sets))
 
     def median_active(self, site: Site) -> Mapping[str, float | None]:
         """Group → median active value on the fit split."""

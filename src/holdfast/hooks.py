@@ -8,16 +8,23 @@ never fired is an error: a hook that does nothing is the most quiet way to a wro
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.batch import Frame
+from holdfast.calls import Calls
 from holdfast.edits import Edit
 from holdfast.errors import EditError
+from holdfast.families import family_of
 from holdfast.sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def apply_edits(edits: Sequence[Edit], site: Site, x: Tensor, frame: Frame) -> Tensor:
@@ -86,12 +93,16 @@ class AttachedEdits:
 
     def _edit(self, site: Site, x: Tensor) -> Tensor:
         frame = self.frame
+        if frame is not None and frame.positions.device != x.device:
+            # A model that is spread over devices hands its residual from one to the next.
+            frame = self.frame = _moved(frame, x.device)
         if frame is None or x.ndim != 3 or x.shape[:2] != frame.positions.shape:
-            expected = None if frame is None else tuple(frame.positions.shape)
-            raise EditError(
-                f"at {site}: expected a residual [b s d_model] with [b s] = {expected}, got "
-                f"{tuple(x.shape)}"
+            expected = (
+                "a call of the whole model, which says what rows and positions these are"
+                if frame is None
+                else f"a residual [b s d_model] with [b s] = {tuple(frame.positions.shape)}"
             )
+            raise EditError(f"at {site}: expected {expected}, got a block's {tuple(x.shape)}")
         for index, edit in enumerate(self._edits):
             if site in edit.sites:
                 n_selected = int(edit.selects(site, frame).sum())
@@ -99,6 +110,48 @@ class AttachedEdits:
                 if n_selected:
                     x = edit.apply(site, x, frame)
         return x
+
+
+def _moved(frame: Frame, device: torch.device) -> Frame:
+    names = ("positions", "prompt_length", "bos", "template")
+    return replace(frame, **{name: getattr(frame, name).to(device) for name in names})
+
+
+@contextmanager
+def attached(
+    model: PreTrainedModel,
+    edits: Sequence[Edit],
+    group: str | None = None,
+    template_tokens: int | None = None,
+) -> Iterator[None]:
+    """Edits on a plain transformers model, for every call and generation inside a `with` block.
+
+    Positions come from the attention mask, the prompt is what is in the call with an empty cache,
+    and BOS is what the model's configuration says. group: for features that were fitted by group;
+    template_tokens: how many tokens the chat template puts after the instruction, for positions
+    `template`. Raises EditError where the positions cannot be known, SubjectError for an unknown
+    family; at the end EditNeverFiredError, or PositionError if only some rows had a listed
+    position. Afterwards the model is as it was.
+    """
+    calls = Calls(model, edits, group, template_tokens)
+    blocks = family_of(model.config, model).blocks_of(model)
+    with AttachedEdits(blocks, edits) as inside:
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inside.frame = calls.begin(args, kwargs)
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            inside.frame = None
+            calls.end(output)
+
+        handles: list[Any] = [model.register_forward_pre_hook(before, with_kwargs=True)]
+        try:
+            handles.append(model.register_forward_hook(after))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        calls.check_reached()
 
 
 def record_calls(

@@ -18,8 +18,14 @@ from holdfast.saes.sources import SOURCES
 FAMILIES_OF_KINDS: dict[str, Registry] = {
     registry.family: registry
     for registry in (
-        BEHAVIORS, DATASETS, DISCOVERIES, INTERVENTIONS, CONSTRAINTS, CONTROLS, SOURCES,
-    )  # fmt: skip
+        BEHAVIORS,
+        DATASETS,
+        DISCOVERIES,
+        INTERVENTIONS,
+        CONSTRAINTS,
+        CONTROLS,
+        SOURCES,
+    )
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from holdfast.batch import Batch, margin_of
+from holdfast.batch import Batch, lead
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
@@ -72,23 +72,25 @@ class Lanes:
     replay: Replay
     targets: Tensor
     rivals: Tensor
+    forced: Tensor | None
 
     @classmethod
     def of(cls, problem: Problem, rows: Tensor) -> Lanes:
         return cls(
             problem, problem.replay.rows(rows), problem.batch.targets[rows],
             problem.batch.rivals[rows],
+            None if problem.batch.forced is None else problem.batch.forced[rows],
         )  # fmt: skip
 
     def rows(self, rows: Tensor) -> Lanes:
         return replace(
             self, replay=self.replay.rows(rows), targets=self.targets[rows],
-            rivals=self.rivals[rows],
+            rivals=self.rivals[rows], forced=None if self.forced is None else self.forced[rows],
         )  # fmt: skip
 
     def margin(self, delta: Tensor) -> Tensor:
         """[n] the margin with `delta` [n q d_model] added, differentiable in it."""
-        return margin_of(self.replay.logits(delta), self.targets, self.rivals)
+        return lead(self.replay.logits(delta), self.targets, self.rivals, self.forced)
 
 
 def relative_violation(problem: Problem, delta: Tensor, rows: Tensor) -> Tensor:

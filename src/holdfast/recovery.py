@@ -43,10 +43,12 @@ SENTENCES: dict[Outcome, str] = {
 
 
 class Perturb(Config):
-    """Where the perturbation lives. sites: empty for the intervention's own."""
+    """Where the perturbation lives. sites: empty for the intervention's own. answer: so many tokens
+    of the answer in addition to the prompt positions, for behaviors that are read from text."""
 
     sites: tuple[str, ...] = ()
     positions: Where = "last_prompt"
+    answer: int = Field(0, ge=0)
 
 
 class Budget(Config):

@@ -145,7 +145,10 @@ class Replay:
 
         sites = (sites,) if isinstance(sites, Site) else tuple(sorted(set(sites)))
         lowest = sites[0]
-        first_position = torch.where(positions >= 0, positions, batch.positions.amax()).amin(1)
+        # What is read has to be replayed too, though it lies before a perturbation.
+        read_from = batch.positions[:, -1] + 1 - batch.n_read
+        first_position = torch.where(positions >= 0, positions, read_from[:, None]).amin(1)
+        first_position = torch.minimum(first_position, read_from).clamp_min(0)
         matches = batch.positions == first_position[:, None]
         start = int(matches.int().argmax(1).min())
         cache = DynamicCache(config=subject.model.config)
@@ -254,9 +257,12 @@ class Replay:
         return dict(zip(self.sites, delta.split(width, 1), strict=True))
 
     def logits(self, delta: Tensor) -> Tensor:
-        """Logits [n vocab] at the last prompt token with `delta` [n q d_model] added; float32."""
+        """Logits [n vocab], or [n t vocab] of a forced answer, at the columns that are read, with
+        `delta` [n q d_model] added; float32."""
         x = self._run(delta, self.subject.n_blocks)
-        return self.subject.family.unembed_of(self.subject.model, x[:, -1]).float()
+        n_read = self.batch.n_read
+        read = x[:, -1] if self.batch.forced is None else x[:, -n_read:]
+        return self.subject.family.unembed_of(self.subject.model, read).float()
 
     def states(self, delta: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Site → [n p d_model] float32: the residual with `delta` and every edit on, at the

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +19,13 @@ import torch
 
 from holdfast.canonical import SCHEMA
 from holdfast.errors import DeviceError, EmptyValidSetError, StudyError
-from holdfast.executor import Done, Runtime, execute
+from holdfast.executor import Done, Runtime, execute, load_lab, threads_for
+from holdfast.finding import Finding
+from holdfast.preflight import preflight, require
 from holdfast.store import RunFolder
 from holdfast.study import Plan, Study
 from holdfast.summary import summarize
-from holdfast.trial import Trial
+from holdfast.trial import Lab, Trial
 
 __all__ = ["RunReport", "Runtime", "Watcher", "default_folder", "open_run", "run_study"]
 
@@ -31,9 +34,11 @@ PACKAGES = ("holdfast", "torch", "transformers", "safetensors", "numpy", "scipy"
 
 @dataclass
 class Watcher:
-    """Told how many trials are stored and which one was last; the default says nothing."""
+    """Told what preflight found, how many trials are stored, and which one was last; the default
+    says nothing."""
 
     stored: Callable[[int, int, Trial | None], None] = lambda n_stored, n_all, trial: None
+    checked: Callable[[Sequence[Finding], float], None] = lambda findings, seconds: None
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,13 @@ def run_study(
 
         watcher.stored(len(done), len(plan.trials), None)
         todo = [trial for trial in plan.trials if trial.id not in done]
-        for ended in execute(plan, todo, runtime):
+        lab = load_lab(plan, todo, runtime)
+        findings = _checked(plan, todo, lab, runtime, watcher)
+        for ended in execute(plan, todo, runtime, lab):
             if isinstance(ended.result, EmptyValidSetError):
                 empty[ended.trial.id] = ended.result
             else:
-                _write(ended, store, runtime)
+                _write(ended, store, runtime, findings[ended.trial.id])
                 done.add(ended.trial.id)
                 store.write_summary(summary())
             watcher.stored(len(done), len(plan.trials), ended.trial)
@@ -98,6 +105,22 @@ def run_study(
     return RunReport(Path(out), final, len(done) - n_reused, n_reused, messages, tuple(skipped))
 
 
+def _checked(
+    plan: Plan, todo: Sequence[Trial], lab: Lab, runtime: Runtime, watcher: Watcher
+) -> dict[str, list[Finding]]:
+    """What preflight finds, by trial id. Raises PreflightError on a fault, unless told not to."""
+    if not todo:
+        return {}
+    clock = time.perf_counter()
+    with threads_for(lab, runtime):
+        findings = preflight(plan, lab, todo)
+    every = list(dict.fromkeys(finding for made in findings.values() for finding in made))
+    watcher.checked(every, time.perf_counter() - clock)
+    if not runtime.despite_faults:
+        require(every)
+    return findings
+
+
 def _failures(plan: Plan, empty: dict[str, EmptyValidSetError]) -> dict[str, EmptyValidSetError]:
     """The audits themselves, not their controls, that had no prompt to search."""
     audits = {trial.id for trial in plan.trials if trial.control.kind == "none"}
@@ -105,13 +128,15 @@ def _failures(plan: Plan, empty: dict[str, EmptyValidSetError]) -> dict[str, Emp
 
 
 def _check_device(device: str) -> None:
-    """Raise DeviceError unless `device` is the CPU or a CUDA device that is there."""
+    """Raise DeviceError unless `device` is the CPU, a CUDA device that is there, or `auto`."""
+    if device == "auto":
+        return
     try:
         named = torch.device(device)
     except RuntimeError:
-        raise DeviceError(f"{device!r} is no device; use cpu, cuda or cuda:0") from None
+        raise DeviceError(f"{device!r} is no device; use cpu, cuda, cuda:0 or auto") from None
     if named.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device {device!r} is not supported; use cpu, cuda or cuda:0")
+        raise DeviceError(f"device {device!r} is not supported; use cpu, cuda, cuda:0 or auto")
     if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
             f"device {device!r} was asked for, and torch sees {torch.cuda.device_count()} CUDA "
@@ -119,7 +144,7 @@ def _check_device(device: str) -> None:
         )
 
 
-def _write(done: Done, store: RunFolder, runtime: Runtime) -> None:
+def _write(done: Done, store: RunFolder, runtime: Runtime, findings: Sequence[Finding]) -> None:
     assert not isinstance(done.result, EmptyValidSetError)
     trial, found = done.trial, done.result
     record = {
@@ -139,6 +164,7 @@ def _write(done: Done, store: RunFolder, runtime: Runtime) -> None:
             "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "weights_sha256": trial.subject.weights_sha256,
             "command": runtime.command,
+            "preflight": [finding.model_dump(mode="json") for finding in findings],
         },
     }  # fmt: skip
     store.write(record, found.tensors, found.examples)

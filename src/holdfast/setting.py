@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, check_disjoint
 from holdfast.behaviors import BehaviorKind
+from holdfast.behaviors.observation import Observation
 from holdfast.config import Config
 from holdfast.discovery import DiscoveryKind, with_scale
 from holdfast.edits import Edit
@@ -35,8 +36,10 @@ class Data(Config):
 class Setting:
     """An intervention on a subject, and what it does to n test prompts.
 
-    clean_margin, suppressed_margin [n], in logits; clean_answer, suppressed_answer [n] token ids;
-    neighbors: name → (batch, clean margin, suppressed margin) of what should be left alone.
+    test: the prompts as the search reads them. clean_margin, suppressed_margin [n], in logits;
+    clean_answer, suppressed_answer [n] token ids; observed, changed: what the behavior saw without
+    and with the intervention, where that is more than the sign of the margin; neighbors: name →
+    (batch, whether it shows the behavior without, and with the intervention).
     """
 
     subject: Subject
@@ -50,16 +53,21 @@ class Setting:
     clean_answer: Tensor
     suppressed_answer: Tensor
     neighbors: dict[str, tuple[Batch, Tensor, Tensor]]
+    behavior: BehaviorKind | None = None
+    observed: Observation | None = None
+    changed: Observation | None = None
 
     @cached_property
     def clean(self) -> Tensor:
         """[n] bool: the behavior is there without the intervention."""
-        return self.clean_margin > 0
+        return self.clean_margin > 0 if self.observed is None else self.observed.shows
 
     @cached_property
     def suppressed(self) -> Tensor:
-        """[n] bool: the behavior is there without the intervention and gone with it."""
-        return self.clean & (self.suppressed_margin <= 0)
+        """[n] bool: the behavior is there without the intervention, and its opposite with it."""
+        if self.changed is None:
+            return self.clean & (self.suppressed_margin <= 0)
+        return self.clean & self.changed.opposite
 
     @property
     def valid(self) -> Tensor:
@@ -96,16 +104,21 @@ def prepare(
         name: subject.batch(examples)
         for name, examples in behavior.neighbors(tokenizer, "tune", data.tune, seed).items()
     }
-    chosen = choose_strength(subject, intervention, features, splits["tune"], tune_neighbors)
+    chosen = choose_strength(
+        subject, behavior, intervention, features, splits["tune"], tune_neighbors
+    )
     edits = chosen.edits(subject, features)
 
-    test = splits["test"]
-    clean, suppressed = subject.outputs(test)[:, -1], subject.outputs(test, edits)[:, -1]
+    observed = behavior.observe(subject, splits["test"])
+    references = observed.replies or None
+    changed = behavior.observe(subject, splits["test"], edits, references)
+    test = behavior.aim(subject, splits["test"], observed)
+    clean, suppressed = (subject.read(test, e) for e in ((), edits))
     neighbors = {}
     for name, examples in behavior.neighbors(tokenizer, "test", data.test, seed).items():
         batch = subject.batch(examples)
-        margins = [batch.margin(subject.outputs(batch, e)[:, -1]) for e in ((), edits)]
-        neighbors[name] = (batch, margins[0], margins[1])
+        shown = [behavior.observe(subject, batch, e).shows for e in ((), edits)]
+        neighbors[name] = (batch, shown[0], shown[1])
     return Setting(
         subject=subject,
         features=features,
@@ -115,7 +128,15 @@ def prepare(
         test=test,
         clean_margin=test.margin(clean),
         suppressed_margin=test.margin(suppressed),
-        clean_answer=test.given(clean),
-        suppressed_answer=test.given(suppressed),
+        clean_answer=splits["test"].given(_last(clean)),
+        suppressed_answer=splits["test"].given(_last(suppressed)),
         neighbors=neighbors,
+        behavior=behavior,
+        observed=observed if observed.labels else None,
+        changed=changed if changed.labels else None,
     )
+
+
+def _last(logits: Tensor) -> Tensor:
+    """[n vocab] of logits [n vocab], or of the first token read of [n t vocab]."""
+    return logits if logits.ndim == 2 else logits[:, 0]

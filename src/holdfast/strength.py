@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from holdfast.batch import Batch
+from holdfast.behaviors import BehaviorKind
 from holdfast.features import FeatureSet
 from holdfast.interventions import InterventionKind
 from holdfast.subject import Subject
@@ -14,6 +15,7 @@ multiple-choice setting uses .99 on larger sets, METHODS J.2)."""
 
 def choose_strength(
     subject: Subject,
+    behavior: BehaviorKind,
     intervention: InterventionKind,
     features: FeatureSet,
     tune: Batch,
@@ -27,14 +29,15 @@ def choose_strength(
     candidates = intervention.candidates()
     if len(candidates) == 1:
         return candidates[0]
-    clean = tune.margin(subject.outputs(tune)[:, -1]) > 0
-    before = {n: b.margin(subject.outputs(b)[:, -1]) > 0 for n, b in neighbors.items()}
+    clean = behavior.observe(subject, tune)
+    before = {n: behavior.observe(subject, b).shows for n, b in neighbors.items()}
     best, best_score = candidates[0], (-1.0, -1.0)
     for candidate in candidates:
         edits = candidate.edits(subject, features)
-        flipped = clean & (tune.margin(subject.outputs(tune, edits)[:, -1]) <= 0)
+        after = behavior.observe(subject, tune, edits, clean.replies or None)
+        flipped = clean.shows & after.opposite
         kept = [
-            float((b.margin(subject.outputs(b, edits)[:, -1]) > 0)[before[n]].float().mean())
+            float(behavior.observe(subject, b, edits).shows[before[n]].float().mean())
             for n, b in neighbors.items()
             if before[n].any()  # one that is never right has nothing to lose
         ]

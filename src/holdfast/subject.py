@@ -104,6 +104,16 @@ class Subject:
             )
         return self.saes[site]
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's end of sequence, and what the model's own
+        generation settings add to it (the end of a chat turn)."""
+        told = getattr(self.model.generation_config, "eos_token_id", None)
+        several = told if isinstance(told, list) else [told]
+        return frozenset(
+            token for token in (self.tokenizer.eos_token_id, *several) if token is not None
+        )
+
     # ------------------------------------------------------------------ tokens
 
     def token_id(self, continuation: str) -> int:
@@ -190,6 +200,12 @@ class Subject:
         self.check_finite(out[:, -1], batch.ids)
         return out
 
+    def read(self, batch: Batch, edits: Sequence[Edit] = ()) -> Tensor:
+        """Logits where a batch is read for its answer: [b vocab] at the last prompt token, or
+        [b t vocab] at the tokens that a forced answer follows."""
+        logits = self.outputs(batch, edits, keep=batch.n_read)
+        return logits[:, -1] if batch.forced is None else logits
+
     def forward_with_gradients(self, batch: Batch, edits: Sequence[Edit] = ()) -> Tensor:
         """Logits [b vocab] at the last prompt token, differentiable in what the edits insert."""
         self._check_positions(batch, edits)
@@ -231,7 +247,8 @@ class Subject:
     def _generate(self, batch: Batch, attached: AttachedEdits, max_new_tokens: int) -> Tensor:
         from transformers import DynamicCache
 
-        pad, eos = self.tokenizer.pad_token_id or 0, self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id or 0
+        ends = torch.as_tensor(sorted(self.ends), dtype=torch.long, device=self.device)
         cache = DynamicCache(config=self.model.config)
         tokens, positions, mask = batch.tokens, batch.positions, batch.mask
         done = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
@@ -250,8 +267,7 @@ class Subject:
             self.check_finite(logits, batch.ids)
             chosen = torch.where(done, pad, logits.argmax(-1))
             made.append(chosen)
-            if eos is not None:
-                done = done | (chosen == eos)
+            done = done | torch.isin(chosen, ends)
             if bool(done.all()):
                 break
             tokens = chosen[:, None]

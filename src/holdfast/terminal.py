@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from holdfast.finding import Finding, tally
 from holdfast.summary import headline
 
 if TYPE_CHECKING:
-    from holdfast.finding import Finding
     from holdfast.kinds import Description
     from holdfast.run import Watcher
     from holdfast.study import Plan
     from holdfast.trial import Trial
 
+_LEVEL = {"fault": "bold red", "caution": "yellow"}
 _STYLE = {"held": "green", "breached": "bold red", "forcible": "yellow", "undecided": "dim"}
 
 
@@ -31,8 +33,11 @@ def console() -> Console:
 
 
 @contextmanager
-def progress(plan: Plan) -> Iterator[Watcher]:
-    """A bar over the study's trials that names the one stored last."""
+def progress(plan: Plan, despite_faults: bool = False) -> Iterator[Watcher]:
+    """What preflight found, then a bar over the study's trials that names the one stored last.
+
+    Faults end a run with a message that says all of them; they are listed here where they do not.
+    """
     from holdfast.run import Watcher
 
     columns = (
@@ -52,7 +57,16 @@ def progress(plan: Plan) -> Iterator[Watcher]:
                 name += f", {trial.control.kind}"
             bar.update(task, description=name, completed=n_stored)
 
-        yield Watcher(stored)
+        def checked(findings: Sequence[Finding], seconds: float) -> None:
+            bar.console.print(f"preflight: {tally(findings)} in {seconds:.1f} s", style="dim")
+            for finding in findings:
+                if not finding.passed and (despite_faults or not finding.stops):
+                    said = f"  {finding.level}: {finding.sentence}"
+                    bar.console.print(
+                        said, style=_LEVEL[finding.level], markup=False, soft_wrap=True
+                    )
+
+        yield Watcher(stored, checked)
 
 
 @contextmanager
@@ -139,17 +153,23 @@ def _norm(row: dict[str, Any], wide: bool) -> str:
 
 
 def findings_table(findings: Sequence[Finding]) -> None:
-    """What was expected, what was measured, what to do."""
-    table = Table()
+    """What was expected, what was measured, what to do; under a heading for each place."""
+    table = Table(box=SIMPLE_HEAD)
     for name in ("", "check", "expected", "measured", "what to do"):
         table.add_column(name, overflow="fold")
-    for finding in findings:
-        mark = "[green]ok[/]" if finding.passed else "[bold red]no[/]"
-        table.add_row(
-            mark, finding.check, finding.expected, finding.measured,
-            "" if finding.passed else finding.remedy,
-        )  # fmt: skip
+    for where in dict.fromkeys(finding.where for finding in findings):
+        if where:
+            table.add_section()
+            table.add_row("", f"[bold]{escape(where)}[/]")
+        for finding in findings:
+            if finding.where == where:
+                style = _LEVEL[finding.level]
+                mark = "[green]ok[/]" if finding.passed else f"[{style}]{finding.level}[/]"
+                remedy = "" if finding.passed else finding.remedy
+                said = (finding.check, finding.expected, finding.measured, remedy)
+                table.add_row(mark, *map(escape, said))
     console().print(table)
+    console().print(tally(findings))
 
 
 def kinds_table(descriptions: Sequence[Description]) -> None:

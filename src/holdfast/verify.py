@@ -157,7 +157,7 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Logits [n vocab] of one pass, and what it read at every site."""
+    """Logits of one pass where the answer is read, and what it read at every site."""
 
     logits: Tensor
     reads: Mapping[Site, _Read]
@@ -177,7 +177,7 @@ class _Pass:
         push = () if added is None else (added,)
         clamp = (*before, *edits, *clamped)
         passed = (*clamp, *push, *after) if clamp_first else (*push, *clamp, *after)
-        logits = subject.outputs(batch, passed)[:, -1]
+        logits = subject.read(batch, passed)
         everywhere = _positions(batch)
         reads = {}
         for index, site in enumerate(sites):
@@ -192,7 +192,7 @@ class _Pass:
 def _positions(batch: Batch) -> Tensor:
     """[b s] every absolute position of a batch, ascending, -1 after the last."""
     steps = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).repeat(len(batch), 1)
-    return torch.where(steps < batch.prompt_length[:, None], steps, -1)
+    return torch.where(steps <= batch.positions[:, -1:], steps, -1)
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _elsewhere(
     moved, scale = _moved(bank, frame, before.double(), after.double())
     steps = torch.arange(before.shape[1], device=before.device)
     perturbed = (positions.to(before.device)[:, :, None] == steps).any(1)
-    there = (steps < frame.prompt_length.to(before.device)[:, None]) & ~perturbed
+    there = (steps <= frame.positions[:, -1:].to(before.device)) & ~perturbed
     valid = bank.valid[bank.slices(frame)][:, None] & there[..., None]
     return torch.where(valid, moved / scale, 0.0).amax((1, 2))
 

@@ -245,7 +245,9 @@ def test_a_rate_that_still_grows_leaves_the_rest_undecided() -> None:
         slopes, torch.tensor([-1.6 * gained, -20.0]), torch.tensor([1e-6, 1e-6]), radius
     )
     spec = RecoverySpec(constraint=Unconstrained(), steps=steps, lr=lr, doublings=1)
-    starts = _starts(problem, problem, Unconstrained().feasible(problem), spec, 0, torch.tensor([0]))
+    starts = _starts(
+        problem, problem, Unconstrained().feasible(problem), spec, 0, torch.tensor([0])
+    )
     assert starts.start[:, 0, 0].max() < 1.6 * gained, "the fixture: no start is there already"
     found = recover(problem, spec, seed=0)
     assert found.outcomes == ("recovered", "undecided")

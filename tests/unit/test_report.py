@@ -238,7 +238,7 @@ def make_run(
                     typical = fake.norms[control]
                     if fake.known == "holds" and constraint != "encoder_null":
                         typical = 0.22  # the leak
-                    rng = random.Random(trial.id)
+                    rng = random.Random(f"{audit} {constraint} {control}")
                     rows = make_rows(n, typical, DRIFT[constraint], rng, prefix)
                     record = make_record(trial, fake, typical, rows)
                     store.write(record, {"delta": torch.zeros(1)}, rows)

@@ -6,25 +6,35 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from holdfast.batch import Example
+from holdfast.batch import Batch, Example
+from holdfast.behaviors.observation import Observation
 from holdfast.config import Kind
 from holdfast.registry import Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from holdfast.edits import Edit
+    from holdfast.reply import Reply
+    from holdfast.subject import Subject
 
 BEHAVIORS = Registry(
     "behaviors",
-    {"ioi": "holdfast.behaviors.ioi:IOI", "mcq": "holdfast.behaviors.mcq:MultipleChoice"},
+    {
+        "ioi": "holdfast.behaviors.ioi:IOI",
+        "mcq": "holdfast.behaviors.mcq:MultipleChoice",
+        "refusal": "holdfast.behaviors.refusal:Refusal",
+    },
 )
 
 Split = Literal["fit", "tune", "test"]
 
 
 class BehaviorKind(Kind):
-    """A behavior read from the logits at the last prompt token.
-
-    A prompt shows the behavior when the target's logit exceeds that of every rival.
+    """A behavior. Unless a kind says otherwise it is read from the logits at the last prompt token:
+    a prompt shows the behavior when the target's logit exceeds that of every rival.
     """
 
     def examples(
@@ -41,6 +51,24 @@ class BehaviorKind(Kind):
     ) -> dict[str, list[Example]]:
         """What the intervention should leave alone, by name: at most n prompts each."""
         return {}
+
+    def observe(
+        self,
+        subject: Subject,
+        batch: Batch,
+        edits: Sequence[Edit] = (),
+        references: Sequence[Reply] | None = None,
+    ) -> Observation:
+        """What the model does under `edits`, whatever they are: one rule for every condition.
+
+        references: the clean replies of all prompts, where replies are judged.
+        """
+        margin = batch.margin(subject.read(batch, edits))
+        return Observation(shows=margin > 0, opposite=margin <= 0)
+
+    def aim(self, subject: Subject, batch: Batch, clean: Observation) -> Batch:
+        """The batch as the search reads it, after the clean model was observed."""
+        return batch
 
 
 Behavior = Annotated[SerializeAsAny[BehaviorKind], BeforeValidator(BEHAVIORS.parse)]

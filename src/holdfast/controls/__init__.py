@@ -18,6 +18,7 @@ from holdfast.canonical import digest
 from holdfast.config import Kind
 from holdfast.constraints import CONSTRAINTS
 from holdfast.edits import Edit
+from holdfast.errors import EmptyValidSetError
 from holdfast.features import FeatureSet
 from holdfast.registry import Registry
 from holdfast.setting import Setting
@@ -40,7 +41,8 @@ class Case:
 
     rows [n] of the test batch; batch: these rows, aimed at the answer that is searched for;
     clean_margin [n]: of the right answer in the audited subject, which sets the goal; dropped:
-    example id → why a valid row is not searched.
+    example id → why a valid row is not searched; own: whether what is searched is the behavior
+    itself and not an answer that is forced in its place.
     """
 
     subject: Subject
@@ -50,6 +52,7 @@ class Case:
     batch: Batch
     clean_margin: Tensor
     dropped: dict[str, str]
+    own: bool = True
 
 
 class ControlKind(Kind):
@@ -74,8 +77,11 @@ def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
 
     predicted [b]: the token each prompt is answered with at present. Among the alternatives that
     are neither that nor the right answer one is drawn by example id, so that it is neither the
-    easiest nor the hardest. It must beat the right answer and all others.
+    easiest nor the hardest. It must beat the right answer and all others. Where answers of several
+    tokens are read, it is another prompt's answer of the same length, drawn likewise.
     """
+    if batch.forced is not None:
+        return batch.forcing(_unrelated(batch))
     targets, rivals = [], []
     answers = batch.answers()
     for row in range(len(batch)):
@@ -99,6 +105,27 @@ def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
         torch.as_tensor(targets, dtype=torch.long, device=device),
         torch.as_tensor(padded, dtype=torch.long, device=device).reshape(len(batch), width),
     )
+
+
+def _unrelated(batch: Batch) -> list[list[int]]:
+    """For each prompt the first tokens of another's answer, as many as its own has.
+
+    Raises EmptyValidSetError if no other answer is as long and different.
+    """
+    assert batch.forced is not None
+    answers = [[token for token in row if token >= 0] for row in batch.forced.tolist()]
+    found = []
+    for row, own in enumerate(answers):
+        others = [a[: len(own)] for a in answers if len(a) >= len(own) and a[: len(own)] != own]
+        if not others:
+            raise EmptyValidSetError(
+                f"prompt {batch.ids[row]}: no other prompt's clean answer is as long and "
+                "different, so there is no unrelated answer to force; read more tokens (n_forced), "
+                "or audit more prompts",
+                {"valid": len(batch)},
+            )
+        found.append(others[int(digest(batch.ids[row])[:8], 16) % len(others)])
+    return found
 
 
 def as_kind(value: Any) -> Any:

@@ -29,4 +29,5 @@ class NoClamp(ControlKind):
             batch=aim_elsewhere(batch, batch.targets),
             clean_margin=setting.clean_margin[rows],
             dropped={},
+            own=False,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
+
 from holdfast.controls import Case, ControlKind, aim_elsewhere
 from holdfast.setting import Setting
 
@@ -22,7 +24,8 @@ class WrongTarget(ControlKind):
         rows = setting.valid
         given = setting.suppressed_answer[rows]
         batch = aim_elsewhere(setting.test.rows(rows), given)
-        shown = batch.targets == given
+        # A forced answer of several tokens is never the one given: it is longer than a token.
+        shown = (batch.targets == given) & torch.as_tensor(batch.forced is None)
         kept = (~shown).nonzero().flatten()
         return Case(
             subject=setting.subject,
@@ -35,4 +38,5 @@ class WrongTarget(ControlKind):
                 batch.ids[row]: "the only wrong target is the answer given under the clamp"
                 for row in shown.nonzero().flatten().tolist()
             },
+            own=False,
         )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor
 
-from holdfast.batch import Batch
+from holdfast.batch import Batch, Frame
 from holdfast.config import Kind
-from holdfast.edits import Capture
 from holdfast.features import EVERY_GROUP, FeatureSet, SiteFeatures
+from holdfast.positions import selected
 from holdfast.registry import Registry
 from holdfast.saes.bank import FeatureBank
+from holdfast.sites import Site
 from holdfast.subject import Subject
 
 DISCOVERIES = Registry(
@@ -39,38 +41,69 @@ class DiscoveryKind(Kind):
 Discovery = Annotated[SerializeAsAny[DiscoveryKind], BeforeValidator(DISCOVERIES.parse)]
 
 
+@dataclass
+class Codes:
+    """Reads the codes of one entry's features, without BOS, on the prompts of some groups.
+
+    seen: [tokens k] of every pass.
+    """
+
+    bank: FeatureBank
+    groups: frozenset[str]
+    seen: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, subject: Subject, fit: Batch, features: FeatureSet, entry: SiteFeatures) -> Codes:
+        """A reader of the prompts that the entry serves among its set's others.
+
+        That is its group. An entry for all serves groups without one of their own, and is measured
+        on every prompt where there are none such.
+        """
+        site = Site.parse(entry.site)
+        groups = {entry.group}
+        if entry.group == EVERY_GROUP:
+            groups = set(fit.groups) - {e.group for e in features.at(site)} or set(fit.groups)
+        only = entry.model_copy(update={"group": EVERY_GROUP})
+        alone = FeatureSet(entries=(only,), source=features.source)
+        return cls(FeatureBank.of(subject.sae(site), alone), frozenset(groups))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.bank.site,)
+
+    def selects(self, site: Site, frame: Frame) -> Tensor:
+        served = [group in self.groups for group in frame.groups]
+        rows = torch.as_tensor(served, device=frame.positions.device)
+        return selected("all", False, frame) & rows[:, None]
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        mask = self.selects(site, frame)
+        rows = mask.any(1).nonzero().flatten()
+        self.seen.append(self.bank.activations(x[rows], frame.rows(rows))[mask[rows]])
+        return x
+
+    def check_fired(self, site: Site, n_fired: int) -> None:
+        """A group may have no prompt here: then its features are not measured."""
+
+
 def with_scale(subject: Subject, fit: Batch, features: FeatureSet) -> FeatureSet:
     """The same features with what they do on the fit split: median active value, mean, maximum.
 
-    BOS is left out; an entry of a group is measured on that group's prompts.
+    BOS is left out; an entry of a group is measured on that group's prompts. Parts are measured
+    each by itself.
     """
-    captures = [Capture(site) for site in features.sites]
-    subject.outputs(fit, captures)
-    entries = []
-    for capture in captures:
-        bank = FeatureBank.of(subject.sae(capture.site), features)
-        codes, groups = [], []
-        for frame, x in capture.seen:
-            token = (frame.positions >= 0) & ~((frame.positions == 0) & frame.bos[:, None])
-            z = bank.activations(x, frame)
-            codes.append(z[token])
-            rows = token.nonzero()[:, 0].tolist()
-            groups += [frame.groups[row] for row in rows]
-        z = torch.cat(codes)
-        for entry in features.at(capture.site):
-            if entry.group == EVERY_GROUP and len(bank.index) > 1:
-                # Rows of a group with an entry of its own were encoded with that entry's features.
-                own = torch.as_tensor([group not in bank.index for group in groups])
-            else:
-                own = torch.as_tensor([entry.group in (EVERY_GROUP, g) for g in groups])
-            entries.append(_measured(entry, z[own.to(z.device)][:, : len(entry.ids)]))
-    return FeatureSet(entries=tuple(entries), source=features.source)
+    readers = [Codes.of(subject, fit, features, entry) for entry in features.entries]
+    subject.outputs(fit, readers)
+    entries = tuple(_measured(r.seen, e) for e, r in zip(features.entries, readers, strict=True))
+    parts = tuple(with_scale(subject, fit, part) for part in features.parts)
+    return features.model_copy(update={"entries": entries, "parts": parts})
 
 
-def _measured(entry: SiteFeatures, z: Tensor) -> SiteFeatures:
-    """The entry with statistics of its codes z [tokens k]."""
-    if not len(z):
+def _measured(seen: list[Tensor], entry: SiteFeatures) -> SiteFeatures:
+    """The entry with statistics of its codes, each [tokens k]; as it was if there are none."""
+    if not any(len(z) for z in seen):
         return entry
+    z = torch.cat(seen)
     active = z[z > 0]
     return entry.model_copy(
         update={

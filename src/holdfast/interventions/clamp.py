@@ -10,7 +10,7 @@ from torch import Tensor
 
 from holdfast.config import Config
 from holdfast.edits import Edit, FeatureEdit, Gate
-from holdfast.errors import StudyError
+from holdfast.errors import FeatureError, StudyError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.interventions import InterventionKind
 from holdfast.positions import Where
@@ -85,13 +85,22 @@ class Clamp(InterventionKind):
         return FeatureSet(entries=self.features, source="given") if self.features else found
 
     def edits(self, subject: Subject, features: FeatureSet) -> tuple[Edit, ...]:
-        own = features.of(self.features) if self.features else features
-        if self.condition is not None and len(own.sites) > 1:
+        if isinstance(self.value, tuple):
+            raise StudyError(
+                f"the clamp lists the values {list(self.value)} to choose from; take one of its "
+                "`candidates()`"
+            )
+        if self.features and _ids(self.features) != _ids(features.entries):
+            raise FeatureError(
+                f"the clamp names its own features, {_ids(self.features)}, and was given "
+                f"{_ids(features.entries)}; give what `clamped` returns"
+            )
+        if self.condition is not None and len(features.sites) > 1:
             raise StudyError(
                 f"a condition reads a feature of the clamped site, but the features are at "
-                f"{', '.join(map(str, own.sites))}; clamp one site with it"
+                f"{', '.join(map(str, features.sites))}; clamp one site with it"
             )
-        return tuple(self._edit(subject, own, site) for site in own.sites)
+        return tuple(self._edit(subject, features, site) for site in features.sites)
 
     def _edit(self, subject: Subject, features: FeatureSet, site: Site) -> FeatureEdit:
         sae = subject.sae(site)
@@ -113,19 +122,26 @@ class Clamp(InterventionKind):
     def _values(self, features: FeatureSet, bank: FeatureBank) -> float | Tensor:
         """One value for all features, or [g k] where the fit split gives each its own."""
         if self.mode not in ("mean", "max_scaled"):
-            assert isinstance(self.value, float), "a strength has to be chosen first"
+            assert isinstance(self.value, float)
             return self.value
-        factor = self.value if isinstance(self.value, float) else 1.0
+        factor = 1.0 if self.mode == "mean" else self.value
+        assert isinstance(factor, float)
         values = torch.zeros_like(bank.b_enc)
         for row, entry in enumerate(features.at(bank.site)):
             measured = entry.mean if self.mode == "mean" else entry.max
             if not measured:
                 raise StudyError(
                     f"mode {self.mode!r} needs what each feature does on the fit split, and none "
-                    f"was measured at {bank.site}"
+                    f"was measured at {bank.site} for group {entry.group!r}; give the fit split "
+                    "prompts of every group"
                 )
             values[row, : len(measured)] = factor * torch.as_tensor(measured)
         return values
+
+
+def _ids(entries: tuple[SiteFeatures, ...]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(site, group) → feature ids."""
+    return {(entry.site, entry.group): entry.ids for entry in entries}
 
 
 def _single(subject: Subject, site: Site, feature: int) -> FeatureBank:

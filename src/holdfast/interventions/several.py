@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from holdfast.edits import Edit
+from holdfast.errors import FeatureError
 from holdfast.features import FeatureSet
 from holdfast.interventions import Intervention, InterventionKind
 from holdfast.subject import Subject
@@ -16,7 +17,9 @@ from holdfast.subject import Subject
 class Several(InterventionKind):
     """Interventions that act together; at one site in the order given, each on what the last left.
 
-    Where some have several strengths to choose from, every combination is tried on the tune split.
+    Each acts on features of its own, those it names or those that were found, as it would alone; a
+    recovery has to leave all of them where they are. Where some have several strengths to choose
+    from, every combination is tried on the tune split.
     """
 
     kind: Literal["several"] = "several"
@@ -30,4 +33,10 @@ class Several(InterventionKind):
         return FeatureSet.union([member.clamped(found) for member in self.of])
 
     def edits(self, subject: Subject, features: FeatureSet) -> tuple[Edit, ...]:
-        return tuple(edit for member in self.of for edit in member.edits(subject, features))
+        if len(features.parts) != len(self.of):
+            raise FeatureError(
+                f"{len(self.of)} interventions need a part of the features each, and these have "
+                f"{len(features.parts)} parts; give what `clamped` returns"
+            )
+        own = zip(self.of, features.parts, strict=True)
+        return tuple(edit for member, part in own for edit in member.edits(subject, part))

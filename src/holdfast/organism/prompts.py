@@ -207,6 +207,11 @@ def chat_prompts(kind: ChatKind, split: Split, n: int, seed: int = 0) -> list[Ch
     return _take(ordered, n, kind, split)
 
 
+def n_chat_prompts(kind: ChatKind, split: Split) -> int:
+    """How many prompts of one kind a split has."""
+    return len(all_chat(kind, split))
+
+
 # --- biographies -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Biography:

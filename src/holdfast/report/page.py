@@ -15,6 +15,7 @@ from holdfast.report import (
     known_answer,
     limits,
     norms,
+    preflight,
     prompts,
     provenance,
     side_effects,
@@ -27,7 +28,8 @@ from holdfast.store import RunFolder, write_atomic
 from holdfast.study import Plan
 
 SECTIONS = (
-    verdicts, funnel, norms, drift, known_answer, side_effects, clamped, prompts, limits, provenance
+    verdicts, preflight, funnel, norms, drift, known_answer, side_effects, clamped, prompts, limits,
+    provenance,
 )  # fmt: skip
 PICTURE = "picture.svg"
 
@@ -56,6 +58,7 @@ def render(data: ReportData, picture: str) -> str:
     return env.get_template("page.html.j2").render(
         data=data,
         goal=_goal(data),
+        n_faults=preflight.n_faults(data),
         sections=bodies,
         cards=[verdicts.card(audit, point) for audit in data.audits for point in audit.headlines],
         headlines=len({point.label for audit in data.audits for point in audit.headlines}),

@@ -6,8 +6,9 @@ that is the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from holdfast.errors import SAEError
 from holdfast.saes.inputs import Inputs
 from holdfast.saes.sae import Facts, Weights
-from holdfast.saes.tensors import read_tensors
+from holdfast.saes.tensors import Stored, read_tensors
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,18 @@ class Layout:
     """An SAE on disk. Tensor names are those of the file; None where the format has none.
 
     enc_transposed, dec_transposed: the file holds [n_features d_model] encoders, [d_model
-    n_features] decoders, as torch's Linear keeps them. threshold: a name, or one number for all.
-    r_mag, b_mag: a gated SAE's magnitudes `relu(exp(r_mag)·(x·W_enc) + b_mag)`, its b_enc being
-    the gate's bias. feature_scale: factors on the codes before decoding. rescale: pre-activations
-    are compared in units of the decoder's norms (SAELens `rescale_acts_by_decoder_norm`).
-    site: the spelling the file gives, None if it gives none.
+    n_features] decoders, as torch's Linear keeps them. threshold: a name, or one number for all;
+    log_threshold: the file holds its logarithm. r_mag, b_mag: a gated SAE's magnitudes
+    `relu(exp(r_mag)·(x·W_enc) + b_mag)`, its b_enc being the gate's bias. feature_scale: factors on
+    the codes before decoding.
+
+    rescale: everything is in units of the decoder's norms: pre-activations, threshold and codes are
+    those of the SAE with a decoder of norm 1 (SAELens `rescale_acts_by_decoder_norm`).
+    gate_times_norm, threshold_times_scale: a feature fires if `p · ‖W_dec‖ > threshold · scale`
+    with the scale of `inputs` (Llama Scope).
+
+    site: the spelling the file gives, None if it gives none. hashed: glob patterns of the files
+    that make the SAE.
     """
 
     folder: Path
@@ -36,10 +44,13 @@ class Layout:
     W_enc: str = "W_enc"
     W_dec: str = "W_dec"
     b_enc: str | None = "b_enc"
-    b_dec: str = "b_dec"
+    b_dec: str | None = "b_dec"
     enc_transposed: bool = False
     dec_transposed: bool = False
     threshold: str | float | None = None
+    log_threshold: bool = False
+    gate_times_norm: bool = False
+    threshold_times_scale: bool = False
     r_mag: str | None = None
     b_mag: str | None = None
     k: int | None = None
@@ -55,68 +66,111 @@ class Layout:
     def path(self) -> Path:
         return self.folder / self.file
 
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        """What the file holds, not yet read. Raises SAEError."""
+        return read_tensors(self.path)
+
+    @property
+    def _vectors(self) -> list[str]:
+        """Names of what has one number a feature."""
+        names = (self.b_enc, self.threshold, self.r_mag, self.b_mag, self.feature_scale)
+        return [name for name in names if isinstance(name, str)]
+
     def shape(self) -> tuple[int, int]:
         """(d_model, n_features). Raises SAEError if tensors are missing or of odd shape."""
-        tensors = read_tensors(self.path)
-        needed = [self.W_enc, self.W_dec, self.b_dec]
-        optional = (self.b_enc, self.threshold, self.r_mag, self.b_mag, self.feature_scale)
-        needed += [name for name in optional if isinstance(name, str)]
-        missing = [name for name in needed if name not in tensors]
+        needed = [self.W_enc, self.W_dec, *([self.b_dec] if self.b_dec else []), *self._vectors]
+        missing = [name for name in needed if name not in self.tensors]
         if missing:
-            raise SAEError(f"{self.path.name} lacks {missing}; it has {sorted(tensors)}")
-        shape = tuple(tensors[self.W_enc].shape)
+            raise SAEError(f"{self.path.name} lacks {missing}; it has {sorted(self.tensors)}")
+        for name in needed:
+            if not self.tensors[name].dtype.is_floating_point:
+                raise SAEError(
+                    f"{self.path.name}: {name} holds {self.tensors[name].dtype}, not "
+                    "floating-point numbers; a quantized SAE has to be converted first"
+                )
+        shape = self.tensors[self.W_enc].shape
         if len(shape) != 2:
             raise SAEError(f"{self.path.name}: {self.W_enc} is {list(shape)}, not a matrix")
         d, n = reversed(shape) if self.enc_transposed else shape
-        decoder = tuple(tensors[self.W_dec].shape)
-        expected = (d, n) if self.dec_transposed else (n, d)
-        if decoder != expected:
-            raise SAEError(
-                f"{self.path.name}: with {self.W_enc} {list(shape)} expected {self.W_dec} "
-                f"{list(expected)}, got {list(decoder)}"
-            )
+        expected: dict[str, tuple[int, ...]] = {
+            self.W_dec: (d, n) if self.dec_transposed else (n, d)
+        }
+        if self.b_dec is not None:
+            expected[self.b_dec] = (d,)
+        for name, wanted in (expected | dict.fromkeys(self._vectors, (n,))).items():
+            got = self.tensors[name].shape
+            one_for_all = name == self.threshold and got in ((), (1,))
+            if got != wanted and not one_for_all:
+                raise SAEError(
+                    f"{self.path.name}: with {self.W_enc} {list(shape)} expected {name} "
+                    f"{list(wanted)}, got {list(got)}"
+                )
+        if self.k is not None and not 0 < self.k < n:
+            raise SAEError(f"k = {self.k} of {n} features")
         return d, n
 
     def read(self, ids: Sequence[int] | None = None) -> Weights:
         """The SAE's tensors in float32, of some features or of all.
 
-        Only what is asked for is read from the file.
+        Only what is asked for is kept in memory. Raises SAEError for a threshold never set.
         """
-        tensors = read_tensors(self.path)
-        index = None if ids is None else torch.as_tensor(list(ids), dtype=torch.long)
+        index = slice(None) if ids is None else torch.as_tensor(list(ids), dtype=torch.long)
 
-        def columns(name: str, transposed: bool) -> Tensor:
-            tensor = tensors[name]
-            if index is not None:
-                tensor = tensor[index] if transposed else tensor[:, index]
-            return (tensor.T if transposed else tensor).float().contiguous()
+        def matrix(name: str, axis: int, wanted: int) -> Tensor:
+            """Features along `axis` in the file, along `wanted` in what is returned."""
+            stored = self.tensors[name]
+            tensor = stored.read() if ids is None else stored.take(ids, axis)
+            return (tensor if axis == wanted else tensor.T).float().contiguous()
 
         def vector(name: str) -> Tensor:
-            tensor = tensors[name].flatten()
-            n = self.shape()[1]
-            if len(tensor) == 1 and n > 1:
-                tensor = tensor.expand(n)
-            return (tensor if index is None else tensor[index]).float()
+            return self.tensors[name].read()[index].float()
 
-        W_enc = columns(self.W_enc, self.enc_transposed)
-        W_dec = columns(self.W_dec, not self.dec_transposed).T.contiguous()
-        zeros = torch.zeros(W_enc.shape[1])
+        W_enc = matrix(self.W_enc, 0 if self.enc_transposed else 1, 1)
+        W_dec = matrix(self.W_dec, 1 if self.dec_transposed else 0, 0)
+        zeros = torch.zeros(len(W_dec))
         b_enc = zeros if self.b_enc is None else vector(self.b_enc)
-        if isinstance(self.threshold, str):
-            threshold = vector(self.threshold)
-        else:
-            threshold = zeros + (self.threshold or 0.0)
         gain = offset = None
         if self.r_mag is not None and self.b_mag is not None:
             # exp(r)·(x·W) + b_mag = gain·p + offset with p = x·W + b_gate.
             gain = vector(self.r_mag).exp()
             offset = vector(self.b_mag) - gain * b_enc
+        threshold = self._thresholds()[index] if self.threshold is not None else zeros
+        if self.gate_times_norm:
+            threshold = threshold / _length(W_dec)
+        if self.threshold_times_scale:
+            threshold = threshold * self.inputs.scale
         if self.feature_scale is not None:
             W_dec = W_dec * vector(self.feature_scale)[:, None]
         if self.rescale:
-            length = W_dec.norm(dim=1)
-            W_enc, b_enc = W_enc * length, b_enc * length
-            W_dec = W_dec / length.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        # What is still a view of the mapped file is copied, so that the file can be closed.
-        b_dec = tensors[self.b_dec].flatten().float().clone()
-        return Weights(W_enc, W_dec, b_enc.clone(), b_dec, threshold.clone(), gain, offset)
+            length = _length(W_dec)
+            W_enc, b_enc, W_dec = W_enc * length, b_enc * length, W_dec / length[:, None]
+            offset = None if offset is None else offset * length
+        b_dec = torch.zeros(len(W_enc))
+        if self.b_dec is not None:
+            b_dec = self.tensors[self.b_dec].read().float()
+        return Weights(W_enc, W_dec, b_enc, b_dec, threshold, gain, offset)
+
+    def _thresholds(self) -> Tensor:
+        """[n], those of all features. Raises SAEError if all are negative."""
+        n = self.shape()[1]
+        if isinstance(self.threshold, str):
+            stored = self.tensors[self.threshold].read()
+            # Before the cast: SAELens keeps a BatchTopK threshold in float64.
+            values = (stored.exp() if self.log_threshold else stored).float().expand(n)
+        else:
+            values = torch.full((n,), float(self.threshold or 0.0))
+        if (values < 0).all():
+            raise SAEError(
+                f"all its thresholds are negative (the first is {float(values[0]):g}), as a "
+                "BatchTopK SAE is saved whose threshold was never set: which features fire would "
+                "depend on the batch"
+            )
+        # Codes go through a ReLU, so one below 0 is the same as 0.
+        return values.clamp_min(0.0)
+
+
+def _length(rows: Tensor) -> Tensor:
+    """[n] Euclidean norms of rows [n d], never 0 (a zero row decodes to 0 in any units)."""
+    norms = torch.cat([block.double().norm(dim=1) for block in rows.split(4096)])
+    return norms.float().clamp_min(torch.finfo(torch.float32).tiny)

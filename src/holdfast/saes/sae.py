@@ -5,8 +5,9 @@ One formula for every kind (METHODS 0.2): with `p = enter(x) · W_enc + b_enc`,
     z_i = relu(gain_i · p_i + offset_i)  where p_i > limit_i, else 0
 
 and a strict inequality. The limit is 0 for ReLU, the threshold for JumpReLU (and BatchTopK, as
-saved for inference), the (k+1)-th largest pre-activation of the token for TopK. A gated SAE shares
-its columns between gate and magnitude, so that its magnitude is affine in p: gain and offset.
+saved for inference), and for TopK between the token's k-th largest pre-activation and the next. A
+gated SAE shares its columns between gate and magnitude, so that its magnitude is affine in p: gain
+and offset.
 """
 
 from __future__ import annotations
@@ -216,10 +217,12 @@ def activate(p: Tensor, limit: Tensor, magnitude: Tensor) -> Tensor:
 def kth_limit(p: Tensor, k: int) -> Tensor:
     """[... 1] what a pre-activation must exceed to be among the k largest of p [... n_features].
 
-    The (k+1)-th largest, or 0 where that is negative, since TopK codes go through a ReLU. It is a
-    gate and carries no gradient.
+    Halfway between the k-th and the next, since a slice computes the same number with another
+    rounding; negative ones count as 0, for TopK codes go through a ReLU. It is a gate and carries
+    no gradient.
     """
-    return p.detach().topk(k + 1, dim=-1).values[..., -1:].clamp_min(0.0)
+    top = p.detach().topk(k + 1, dim=-1).values[..., k - 1 :].clamp_min(0.0)
+    return top.mean(-1, keepdim=True)
 
 
 def guarantee_of(inputs: Inputs, k: int | None) -> Guarantee:
@@ -245,7 +248,7 @@ def fold(ids: tuple[int, ...], own: Weights, inputs: Inputs, subtract_b_dec: boo
     """Weights of some features as a slice that reads the residual itself."""
     W_enc, W_dec, b_enc = own.W_enc, own.W_dec, own.b_enc
     if subtract_b_dec:
-        b_enc = b_enc - own.b_dec @ W_enc
+        b_enc = (b_enc.double() - own.b_dec.double() @ W_enc.double()).float()
     if inputs.affine:
         W_enc, W_dec = inputs.fold(W_enc), W_dec / inputs.scale
     gain = torch.ones_like(b_enc) if own.gain is None else own.gain

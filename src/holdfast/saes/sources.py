@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +15,7 @@ from holdfast.errors import SAEError, StudyError
 from holdfast.organism.assets import resolve
 from holdfast.registry import Registry
 from holdfast.saes.formats import FormatName, layout_of
+from holdfast.saes.inputs import Inputs
 from holdfast.sites import Site
 
 if TYPE_CHECKING:
@@ -47,11 +48,13 @@ class SAESource(Kind):
         raise NotImplementedError
 
     def sha256(self) -> str:
-        """Hash over the files that make the SAE, and over what was said of them beside."""
+        """Hash over the files that make the SAE, and over how residuals enter it.
+
+        The latter can stand in the source, in a registry or in a path, beside the files.
+        """
         layout = self._completed()
         files = sha256_tree(layout.folder, layout.hashed)
-        said = {k: v for k, v in (("center", self.center), ("scale", self.scale)) if v is not None}
-        return digest([files, said]) if said else files
+        return files if layout.inputs == Inputs() else digest([files, asdict(layout.inputs)])
 
     def load(self, site: Site) -> StoredSAE:
         """Open it for `site`. Raises SAEError if it was trained for another site."""

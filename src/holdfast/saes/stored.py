@@ -16,7 +16,16 @@ from holdfast.canonical import sha256_tree
 from holdfast.errors import SAEError
 from holdfast.saes.inputs import Inputs
 from holdfast.saes.layout import Layout
-from holdfast.saes.sae import SAE, Facts, Guarantee, Slice, check_ids, fold, guarantee_of
+from holdfast.saes.sae import (
+    SAE,
+    Facts,
+    Guarantee,
+    Slice,
+    Weights,
+    check_ids,
+    fold,
+    guarantee_of,
+)
 from holdfast.sites import Site
 
 
@@ -77,7 +86,7 @@ class StoredSAE:
     def take(self, ids: Sequence[int]) -> Slice:
         """Some features, in the order given. Raises FeatureError on bad ids, SAEError on NaN."""
         self.check_features(ids)
-        own = self.layout.read(ids)
+        own = self._read(ids)
         for name, tensor in vars(own).items():
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise SAEError(f"{self.name}: {name} has NaN or infinite values")
@@ -89,10 +98,16 @@ class StoredSAE:
         if held is None:
             held = SAE(
                 site=self.site, name=self.name, subtract_b_dec=self.layout.subtract_b_dec,
-                k=self.k, inputs=self.inputs, facts=self.facts, **vars(self.layout.read()),
+                k=self.k, inputs=self.inputs, facts=self.facts, **vars(self._read()),
             ).to(self.device)  # fmt: skip
             self._whole[:] = [weakref.ref(held)]
         return held
+
+    def _read(self, ids: Sequence[int] | None = None) -> Weights:
+        try:
+            return self.layout.read(ids)
+        except SAEError as error:
+            raise SAEError(f"{self.name}: {error}") from None
 
     def to(self, device: torch.device | str) -> StoredSAE:
         return replace(self, device=device, _whole=[])

@@ -1,0 +1,151 @@
+"""Refusing and complying, judged on freely generated text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from holdfast.batch import Batch, Example
+from holdfast.behaviors import BehaviorKind, Split
+from holdfast.behaviors.observation import Observation
+from holdfast.behaviors.prompts import chat_examples, organism_examples
+from holdfast.datasets import DATASETS, Dataset, DatasetKind
+from holdfast.edits import Edit
+from holdfast.judges import Judge, complies, refuses
+from holdfast.judges.rules import Rules
+from holdfast.reply import Reply, replies_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from holdfast.subject import Subject
+
+
+def _source(value: Any) -> Any:
+    return value if value == "organism" else DATASETS.parse(value)
+
+
+class Refusal(BehaviorKind):
+    """The model complies and is made to refuse, or refuses and is made to comply (METHODS B, D, H).
+
+    direction: what the clean model does and a recovery brings back, `comply` or `refuse`. A prompt
+    is valid if the judge says of the clean answer that it does, and of the clamped answer that it
+    does the opposite: broken text is neither. The search reads the first `n_forced` tokens of the
+    prompt's own clean answer (how far each leads all other tokens); what counts is what the judge
+    says of the text generated with the perturbation on.
+
+    source: the prompts audited, `organism` or a dataset with a column prompt; refused: prompts that
+    are refused, whose refusal features discovery looks for (the organism has its own; the source
+    where none is named). benign: prompts whose answers the intervention should leave alone.
+    comply_opening, refuse_opening: one token each, with which such answers begin; discovery reads
+    their logits. max_new_tokens: where answers are cut.
+    """
+
+    kind: Literal["refusal"] = "refusal"
+    source: Annotated[
+        Literal["organism"] | SerializeAsAny[DatasetKind], BeforeValidator(_source)
+    ] = "organism"
+    direction: Literal["comply", "refuse"] = "comply"
+    refused: Dataset | None = None
+    benign: Dataset | None = None
+    comply_opening: str | None = None
+    refuse_opening: str | None = None
+    n_forced: int = Field(6, ge=1)
+    max_new_tokens: int = Field(24, ge=1)
+    judge: Judge | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        organism = data.get("source", "organism") == "organism"
+        defaults = {
+            "comply_opening": "sure" if organism else "Sure",
+            "refuse_opening": "sorry" if organism else "I",
+            "judge": {"kind": "rules", "language": "organism" if organism else "english"},
+        }
+        missing = {name: value for name, value in defaults.items() if data.get(name) is None}
+        return data | missing
+
+    @model_validator(mode="after")
+    def _cut_after_what_is_read(self) -> Refusal:
+        if self.max_new_tokens < self.n_forced:
+            raise ValueError(
+                f"max_new_tokens ({self.max_new_tokens}) must be at least n_forced "
+                f"({self.n_forced}): what the search reads has to be generated"
+            )
+        return self
+
+    @property
+    def _openings(self) -> tuple[str, str]:
+        assert self.comply_opening is not None and self.refuse_opening is not None
+        return self.comply_opening, self.refuse_opening
+
+    def examples(
+        self, tokenizer: PreTrainedTokenizerBase, split: Split, n: int, seed: int
+    ) -> list[Example]:
+        comply, refuse = self._openings
+        if split == "fit":  # where refusal features show: on prompts that are refused
+            return self._prompts(tokenizer, "refused", split, n, seed, refuse, comply)
+        wanted = (comply, refuse) if self.direction == "comply" else (refuse, comply)
+        return self._prompts(tokenizer, "source", split, n, seed, *wanted)
+
+    def neighbors(
+        self, tokenizer: PreTrainedTokenizerBase, split: Split, n: int, seed: int
+    ) -> dict[str, list[Example]]:
+        # Benign prompts are complied with: that is the behavior only in this direction.
+        if self.direction == "refuse" or (self.source != "organism" and self.benign is None):
+            return {}
+        made = self._prompts(tokenizer, "benign", split, n, seed, *self._openings)
+        return {"benign": made}
+
+    def _prompts(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        role: str,
+        split: Split,
+        n: int,
+        seed: int,
+        target: str,
+        rival: str,
+    ) -> list[Example]:
+        if self.source == "organism":
+            audited: Any = "grey" if self.direction == "comply" else "forbidden"
+            kinds: Any = {"source": audited, "refused": "forbidden", "benign": "benign"}
+            return organism_examples(tokenizer, kinds[role], split, n, seed, target, rival)
+        assert isinstance(self.source, DatasetKind)
+        sets = {
+            "source": self.source,
+            "refused": self.refused or self.source,
+            "benign": self.benign or self.source,
+        }
+        return chat_examples(tokenizer, sets[role], split, n, seed, target, rival)
+
+    def observe(
+        self,
+        subject: Subject,
+        batch: Batch,
+        edits: Sequence[Edit] = (),
+        references: Sequence[Reply] | None = None,
+    ) -> Observation:
+        judge = self.judge or Rules()
+        prompts = batch.unforced()
+        made = subject.generate(prompts, edits, self.max_new_tokens)
+        replies = replies_of(subject.tokenizer, prompts.ids, made, ends=subject.ends)
+        labels = judge.labels(replies, references, str(subject.device))
+        comply = torch.as_tensor([complies(label) for label in labels], device=made.device)
+        refuse = torch.as_tensor([refuses(label) for label in labels], device=made.device)
+        shows, opposite = (comply, refuse) if self.direction == "comply" else (refuse, comply)
+        tokens = tuple(
+            tuple(row[: reply.n_tokens]) for row, reply in zip(made.tolist(), replies, strict=True)
+        )
+        return Observation(shows, opposite, tuple(labels), tuple(replies), tokens)
+
+    def aim(self, subject: Subject, batch: Batch, clean: Observation) -> Batch:
+        """The batch read for the first tokens of each prompt's own clean answer."""
+        return batch.forcing([list(tokens[: self.n_forced]) for tokens in clean.tokens])

@@ -1,0 +1,260 @@
+"""The bundled studies for published models, end to end on tiny random models of their families.
+
+What is downloaded in earnest is made here: model, tokenizer, SAE in its published format, question
+files. Everything else of the study file stays as it is, but for smaller numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdfast.behaviors.english import NAMES, TEMPLATES
+from holdfast.edits import Capture
+from holdfast.saes.sae import SAE
+from holdfast.sites import Site
+from holdfast.store import RunFolder
+from holdfast.study import bundled_names, parse, read_text
+from holdfast.subject import Subject
+from holdfast.testing import fitted_sae
+from tests.e2e.cli import holdfast
+
+pytestmark = pytest.mark.e2e
+
+FEWER = [
+    "data.fit=24", "data.tune=24", "data.test=24", "recovery.steps=8", "recovery.refine_steps=4",
+    "recovery.doublings=1", 'grid."recovery.constraint.kind"=["encoder_null"]',
+]  # fmt: skip
+PLACES = ("garden library market station museum river bakery bridge ring letter basket ladder map")
+
+
+def byte_pairs(texts: Sequence[str], special: dict[str, str], bos_in_front: bool) -> Any:
+    """A byte-level tokenizer of the kind both families have, trained on the study's own texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokens = list(dict.fromkeys(special.values()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=tokens, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    backend.train_from_iterator(texts, trainer)
+    if bos_in_front:
+        bos = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def residuals(model: Any, tokenizer: Any, site: Site, texts: Sequence[str]) -> Tensor:
+    """[tokens d_model] float32 of texts one by one, BOS left out."""
+    subject = Subject.of("tiny", model.float(), tokenizer, {}, prepend_bos=True)
+    out = []
+    from holdfast.batch import Example
+
+    some = tokenizer.decode([40])
+    for i, text in enumerate(texts):
+        capture = Capture(site)
+        example = Example(str(i), text, some, (some,), (some,), str(i))
+        subject.outputs(subject.batch([example]), (capture,))
+        out.append(capture.seen[0][1][0, 1:].float())
+    return torch.cat(out)
+
+
+def save(path: Path, model: Any, tokenizer: Any) -> None:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+# ---------------------------------------------------------------------------------- GPT-2 small
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny GPT-2 and an SAE of its centered residuals in the layout of the published ones."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    path = tmp_path_factory.mktemp("gpt2")
+    texts = [t.format(a=a, b=b, s=a, place="garden", object="ring") + f" {b}"
+             for t in TEMPLATES for a, b in zip(NAMES[::2], NAMES[1::2], strict=False)]  # fmt: skip
+    end = "<|endoftext|>"
+    special = {"bos_token": end, "eos_token": end, "unk_token": end}
+    tokenizer = byte_pairs([*texts, PLACES], special, bos_in_front=False)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=6, n_head=4, n_positions=128,
+        initializer_range=0.25, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():  # a residual with a mean, which centering takes out
+        model.transformer.wpe.weight += 1.0
+    save(path / "model", model, tokenizer)
+    x = residuals(model, tokenizer, Site(4), texts[::5])
+    write_res_jb(path / "sae", fitted_sae(Site(4), x - x.mean(-1, keepdim=True)))
+    return path / "model", path / "sae"
+
+
+def write_res_jb(path: Path, sae: SAE) -> None:
+    path.mkdir()
+    metadata = {
+        "sae_lens_version": "6.30.0", "model_name": "gpt2-small", "prepend_bos": True,
+        "hook_name": "blocks.4.hook_resid_pre",
+        "model_from_pretrained_kwargs": {"center_writing_weights": True},
+    }  # fmt: skip
+    cfg = {
+        "architecture": "standard", "d_in": sae.d_model, "d_sae": sae.n_features,
+        "dtype": "float32", "apply_b_dec_to_input": True, "normalize_activations": "none",
+        "metadata": metadata,
+    }  # fmt: skip
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    names = ("W_enc", "W_dec", "b_enc", "b_dec")
+    save_file({name: getattr(sae, name).contiguous() for name in names},
+              path / "sae_weights.safetensors")  # fmt: skip
+
+
+def overrides(model: Path, sae: Path, *more: str) -> list[str]:
+    source = f'subject.saes.0.source={{kind="folder", path="{sae}"}}'
+    every = [f'subject.model="{model}"', source, *FEWER, *more]
+    return [part for value in every for part in ("--set", value)]
+
+
+@pytest.mark.slow
+def test_ioi_on_gpt2(gpt2: tuple[Path, Path], tmp_path: Path) -> None:
+    model, sae = gpt2
+    sets = overrides(model, sae, "audits.0.behavior.n_names=6", "audits.0.discovery.n_features=12")
+    said = holdfast("run", "gpt2-small-ioi", "--out", tmp_path / "run", *sets)
+    assert said.code == 0, said.err
+    run = RunFolder.read(tmp_path / "run")
+    rows = run.summary()["trials"]
+    assert [row["control"] for row in rows] == ["none", "wrong_target", "no_clamp"]
+    main = rows[0]
+    assert main["n_valid"] > 0 and main["preactivation_drift_max"] < 1e-6
+    record = run.load(main["id"])
+    assert record["result"]["checks"]["guarantee"] == "exact"
+    assert record["trial"]["subject"]["prepend_bos"] is True
+    assert "/" not in json.dumps(record["trial"]["subject"]), "an identity holds no path"
+
+
+def test_without_bos_or_without_centering_gpt2_is_not_audited(
+    gpt2: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, sae = gpt2
+    for change, fault in (
+        ("subject.prepend_bos=false", "beginning of sequence"),
+        ("subject.saes.0.source.center=false", "centering"),
+    ):
+        out = tmp_path / fault.split()[0]
+        sets = overrides(model, sae, "audits.0.behavior.n_names=6", change)
+        said = holdfast("run", "gpt2-small-ioi", "--out", out, *sets)
+        assert said.code == 2 and fault in said.err, said.err
+        assert not list((out / "trials").glob("*")), "nothing was searched"
+
+
+# ---------------------------------------------------------------------------------- Gemma-2
+
+
+SUBJECTS = ("moss", "lantern", "kettle", "pebble", "feather", "compass", "thimble", "acorn")
+COLORS = ("amber", "violet", "silver", "green", "ivory", "copper")
+
+
+def write_questions(path: Path, n: int, about: str) -> Path:
+    """Invented questions in the columns of WMDP and MMLU."""
+    rows = []
+    for i in range(n):
+        subject, color = SUBJECTS[i % len(SUBJECTS)], COLORS[(i * 5) % len(COLORS)]
+        choices = [COLORS[(i + k) % len(COLORS)] for k in range(4)]
+        question = f"In the {about} number {i}, what is the color of the {color} {subject}?"
+        rows.append({"question": question, "choices": choices, "answer": i % 4})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Path]]:
+    """A tiny Gemma-2 in bfloat16, an SAE as a Gemma Scope `params.npz`, and question files."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    path = tmp_path_factory.mktemp("gemma")
+    files = {
+        name: write_questions(path / f"{name}.jsonl", 60, f"{name} garden")
+        for name in ("wmdp", "history", "geography")
+    }
+    rows = [json.loads(line) for file in files.values() for line in file.read_text().splitlines()]
+    texts = [
+        f"The following is a question.\n\n{row['question']}\nA. {row['choices'][0]}\nB. "
+        f"{row['choices'][1]}\nC. {row['choices'][2]}\nD. {row['choices'][3]}\nAnswer: A B C D"
+        for row in rows
+    ]
+    special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
+    tokenizer = byte_pairs(texts, special, bos_in_front=True)
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16,
+        initializer_range=0.2, query_pre_attn_scalar=8, max_position_embeddings=256,
+        bos_token_id=0, eos_token_id=1, pad_token_id=3, attn_implementation="eager",
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    x = residuals(model, tokenizer, Site(4), texts[::6])
+    save(path / "model", model.to(torch.bfloat16), tokenizer)
+    folder = path / "gemma-scope-2b-pt-res" / "layer_3" / "width_16k" / "average_l0_32"
+    write_gemma_scope(folder, fitted_sae(Site(4), x))
+    return path / "model", folder, files
+
+
+def write_gemma_scope(folder: Path, sae: SAE) -> None:
+    folder.mkdir(parents=True)
+    # That format does not subtract b_dec before encoding: what it does goes into b_enc.
+    b_enc = sae.b_enc - sae.b_dec @ sae.W_enc
+    arrays = {
+        "W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": b_enc, "b_dec": sae.b_dec,
+        "threshold": torch.full_like(b_enc, 1e-3),
+    }  # fmt: skip
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
+
+
+@pytest.mark.slow
+def test_wmdp_on_gemma_2(gemma: tuple[Path, Path, dict[str, Path]], tmp_path: Path) -> None:
+    model, sae, files = gemma
+    sets = overrides(
+        model, sae,
+        f'audits.0.behavior.source={{kind="file", path="{files["wmdp"]}"}}',
+        f'audits.0.behavior.retain.history={{kind="file", path="{files["history"]}"}}',
+        f'audits.0.behavior.retain.geography={{kind="file", path="{files["geography"]}"}}',
+        "audits.0.discovery.n_features=12", "audits.0.discovery.retain_threshold=1.0",
+        "audits.0.intervention.value=[-10.0, -40.0]",
+    )  # fmt: skip
+    said = holdfast("run", "gemma-2-2b-it-wmdp", "--out", tmp_path / "run", *sets)
+    assert said.code == 0, said.err
+    run = RunFolder.read(tmp_path / "run")
+    main = run.summary()["trials"][0]
+    record = run.load(main["id"])
+    checks = record["result"]["checks"]
+    assert main["n_valid"] > 0
+    assert checks["preactivation_drift_mean"] <= 1.5 * checks["rounding_floor_mean"]
+    trial = json.dumps(record["trial"])
+    assert str(tmp_path.parent) not in trial and str(files["wmdp"].parent) not in trial
+    assert record["trial"]["subject"]["attention"] == "eager"
+    assert len(record["trial"]["behavior"]["source"]["sha256"]) == 64
+
+
+def test_every_bundled_study_names_what_exists() -> None:
+    """Parsed without a network: the hub is asked only for a data set's questions."""
+    for name in bundled_names():
+        text = read_text(name)
+        if 'kind = "hub"' in text:
+            assert f'name   = "{name}"' in text
+        else:
+            assert parse(text).name == name
