@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from holdfast.canonical import canonical_json, digest
 from holdfast.config import Config, nearest
+from holdfast.errors import SheetError
 from holdfast.judges import LABELS, Label
 from holdfast.judges.agreement import Agreement, agreement
 from holdfast.reply import Reply
-from holdfast.spreadsheet import SheetError, read_table, table_bytes
+from holdfast.spreadsheet import read_table, table_bytes
 from holdfast.store import write_atomic
 
 ANSWERS = ("label", "label_2", "adjudicated")
@@ -130,8 +131,8 @@ def write_sheet(
     """Write a sheet and its key.
 
     Rows are shuffled by seed and numbered; neither number nor order says what a row is. reveal: put
-    prompts and texts into the sheet. Raises SheetError for nothing to label,
-    an example twice in one condition, or a file that is there already: labels may be in it.
+    prompts and texts into the sheet. Raises SheetError for nothing to label, an example twice in
+    one condition, or a file that is there already: labels may be in it.
     """
     path = Path(path)
     key_at = key_path(path) if key is None else Path(key)
@@ -201,7 +202,7 @@ def read_sheet(path: Path | str, key: Path | str | None = None) -> LabelledSheet
     for number, cells in enumerate(table, 2):
         row_id = cells["row_id"].strip()
         if row_id not in known.rows:
-            wrong.append(f"row {number}: {row_id!r} is no row of this sheet ({known.sheet}-…)")
+            wrong.append(f"row {number}: {row_id[:20]!r} is no row of this sheet ({known.sheet}-…)")
             continue
         if row_id in found:
             wrong.append(f"row {number}: {row_id} is there twice")

@@ -14,6 +14,8 @@ and impossible requests. Each message says what was expected, what came, and wha
     ├── SplitError              prompts shared between splits that must be disjoint
     ├── ConstraintError         a constraint that could not keep its promise on this SAE
     ├── PreflightError          a check before the run found a fault
+    ├── JudgeError              a judge that cannot be loaded, or cannot read what it was given
+    ├── SheetError              an audit sheet that cannot be written or read
     ├── EmptyValidSetError      no prompt left to audit; carries the funnel
     ├── EditError               an edit that cannot be applied
     │   ├── EditNeverFiredError an edit that touched nothing
@@ -69,6 +71,14 @@ class ConstraintError(HoldfastError):
 
 class PreflightError(HoldfastError):
     """A check before the run found what would make its results wrong."""
+
+
+class JudgeError(HoldfastError):
+    """A judge cannot be loaded, or cannot read what it was given."""
+
+
+class SheetError(HoldfastError):
+    """An audit sheet cannot be written or read."""
 
 
 class EmptyValidSetError(HoldfastError):

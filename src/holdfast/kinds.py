@@ -12,6 +12,7 @@ from holdfast.datasets import DATASETS
 from holdfast.discovery import DISCOVERIES
 from holdfast.errors import UnknownNameError
 from holdfast.interventions import INTERVENTIONS
+from holdfast.judges import JUDGES
 from holdfast.registry import Registry
 from holdfast.saes.sources import SOURCES
 
@@ -24,6 +25,7 @@ FAMILIES_OF_KINDS: dict[str, Registry] = {
         INTERVENTIONS,
         CONSTRAINTS,
         CONTROLS,
+        JUDGES,
         SOURCES,
     )
 }

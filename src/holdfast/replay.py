@@ -271,6 +271,13 @@ class Replay:
         self._run(delta, max(sites).depth, lambda site, _, x: read.update({site: self._cut(x)}))
         return {site: read[site] for site in sites}
 
+    def suffix(self, delta: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """As `states`, at every suffix column, [n s d_model]: later tokens than the perturbed ones
+        are moved too, through attention."""
+        read: dict[Site, Tensor] = {}
+        self._run(delta, max(sites).depth, lambda site, _, x: read.update({site: x.float()}))
+        return {site: read[site] for site in sites}
+
     def realized(self, delta: Tensor) -> Tensor:
         """[n q d_model]: what is really added at each slot, what `hold` makes of it included.
 

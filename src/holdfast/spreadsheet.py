@@ -8,14 +8,10 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import SheetError
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'", "＝", "＋", "－", "＠")
 _SEPARATORS = ",;\t"
-
-
-class SheetError(HoldfastError):
-    """A sheet or its key cannot be used."""
 
 
 def neutralized(cell: str) -> str:

@@ -40,6 +40,7 @@ class Audit(Config):
     ignorant: SubjectSpec | None = None
     data: Data | None = None
     controls: tuple[Control, ...] | None = None
+    grid: dict[str, tuple[Any, ...]] | None = None
     known_answer: Literal["holds", "does_not_hold"] | None = None
     """For a subject built so that the answer is known: the report checks the verdict against it."""
 
@@ -66,6 +67,12 @@ class Study(Config):
         if twice:
             raise ValueError(f"two audits have the name {twice[0]!r}")
         return self
+
+    def grid_of(self, audit: str) -> dict[str, tuple[Any, ...]]:
+        """The grid of the audit of that name: its own, else the study's."""
+        own = {each.name: each.grid for each in self.audits}
+        found = own.get(audit)
+        return self.grid if found is None else found
 
     def canonical(self) -> dict[str, Any]:
         """As plain JSON types. Data files stand in it by their hash and not by their path, so that
@@ -149,7 +156,7 @@ def _checked(data: dict[str, Any]) -> Study:
     try:
         study = Study.model_validate(data)
         for audit in study.audits:
-            for point in _points(study.grid):
+            for point in _points(study.grid_of(audit.name)):
                 _at_point(study, audit, point)
         return study
     except ValidationError as error:
@@ -289,7 +296,7 @@ def plan(study: Study) -> Plan:
         subject = known(audit.subject or study.subject)
         twin = known(audit.ignorant if own else audit.ignorant or study.ignorant)
         controls = study.controls if audit.controls is None else audit.controls
-        for point in _points(study.grid):
+        for point in _points(study.grid_of(audit.name)):
             shared = _at_point(study, audit, point)
             constraint = shared["recovery"].constraint.kind
             for control in (NoControl(), *controls):

@@ -29,7 +29,7 @@ def summarize(
 def _point(plan: Plan, trial: Trial) -> dict[str, Any]:
     """Where on the study's grid the trial lies: dotted path → value."""
     point = {}
-    for path in plan.study.grid:
+    for path in plan.study.grid_of(trial.audit):
         value: Any = trial.canonical()
         for part in path.split("."):
             value = value[int(part)] if isinstance(value, list) else value[part]

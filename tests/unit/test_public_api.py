@@ -73,7 +73,16 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_every_kind_can_be_imported_first() -> None:
     """Kinds are imported by name: none may rely on another module having been imported before."""
-    kinds = ("behaviors", "constraints", "controls", "discovery", "interventions", "saes")
+    kinds = (
+        "behaviors",
+        "constraints",
+        "controls",
+        "datasets",
+        "discovery",
+        "interventions",
+        "judges",
+        "saes",
+    )
     names = [
         ".".join(("holdfast", *path.relative_to(PACKAGE).with_suffix("").parts))
         for path in MODULES

@@ -138,7 +138,10 @@ def test_what_the_files_say_beside_the_weights(tmp_path: Path) -> None:
         ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "blocks.0.hook_resid_pre"),
         ("models--google--gemma-scope-9b-it-res/snapshots/0a/layer_9/width_16k/average_l0_47",
          "blocks.9.hook_resid_post"),
+        ("clt/mine/gemma-scope-2b-pt-res/layer_2/width_16k/average_l0_5",
+         "blocks.2.hook_resid_post"),
         ("my-sae", None),
+        ("embedding/mine", None),
         ("layer_3/width_16k/average_l0_59", None),
     ],
 )  # fmt: skip
@@ -462,6 +465,52 @@ def test_a_scale_given_in_the_source_moves_llama_scope_s_threshold_too(tmp_path:
     with pytest.raises(SAEError, match="√d_model / mean residual norm"):
         opened(tmp_path)
     sae, x = opened(tmp_path, scale=reference.scale).full(), reference.residuals()
+    assert error(sae.encode(x), reference.encode(x)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("how", "norm"), [("token-wise", "constant_norm_rescale"), ("inference", None), ("none", None)]
+)
+def test_llama_scope_normalized_otherwise(tmp_path: Path, how: str, norm: str | None) -> None:
+    """Then there is no dataset's norm to fold, and the threshold is as it is compared."""
+    made = write_llama_scope(tmp_path, norm_activation=how, threshold=0.3).tensors
+    made = {**made, "threshold": torch.full((N,), 0.3)}
+    reference = Reference("jumprelu", made, False, norm=norm, gate_times_norm=True)
+    sae, x = opened(tmp_path).full(), reference.residuals()
+    z = reference.encode(x)
+    assert error(sae.encode(x), z) <= TOLERANCE
+    assert error(sae.decode(sae.encode(x), x), reference.decode(z, x)) <= 2 * TOLERANCE
+
+
+def test_llama_scope_of_plain_relu_and_without_decoder_norms(tmp_path: Path) -> None:
+    for changes in ({"act_fn": "relu"}, {"weighted": False}, {"subtract": True}):
+        reference = write_llama_scope(tmp_path / str(changes), **changes)
+        sae, x = opened(tmp_path / str(changes)).full(), reference.residuals()
+        assert error(sae.encode(x), reference.encode(x)) <= TOLERANCE
+
+
+def test_a_topk_sae_with_a_threshold_is_loaded_as_jumprelu(tmp_path: Path) -> None:
+    """As the code that published them does, so that features do not depend on each other."""
+    reference = write_llama_scope(tmp_path, threshold=0.2)
+    said = json.loads((tmp_path / "hyperparams.json").read_text())
+    (tmp_path / "hyperparams.json").write_text(json.dumps(said | {"act_fn": "topk"}))
+    sae, x = opened(tmp_path), reference.residuals()
+    assert sae.k is None and sae.facts.architecture == "jumprelu"
+    assert error(sae.full().encode(x), reference.encode(x)) <= TOLERANCE
+
+
+def test_the_successor_s_latest_names_are_read(tmp_path: Path) -> None:
+    reference = write_llama_scope(tmp_path, successor=True)
+    file = tmp_path / "sae_weights.safetensors"
+    kept = load_file(file)
+    names = {
+        "encoder.weight": "W_E", "decoder.weight": "W_D",
+        "encoder.bias": "b_E", "decoder.bias": "b_D",
+        "log_jumprelu_threshold": "activation_function.log_jumprelu_threshold",
+    }  # fmt: skip
+    turned = {names.get(k, k): t.T.contiguous() if t.dim() == 2 else t for k, t in kept.items()}
+    save_file(turned, file)
+    sae, x = opened(tmp_path).full(), reference.residuals()
     assert error(sae.encode(x), reference.encode(x)) <= TOLERANCE
 
 

@@ -293,6 +293,8 @@ def test_an_unknown_id_lists_the_nearest_and_reaches_for_nothing(reached: list[s
         ("gpt2-small-hook-z-kk", "heads of an attention layer"),
         ("gemma-scope-2b-pt-mlp", r"trained at blocks\.\d+\.hook_mlp_out"),
         ("gemma-scope-9b-pt-att-canonical", r"trained at blocks\.\d+\.attn\.hook_z"),
+        ("llama_scope_lxa_8x", r"trained at attention's output, which is no point"),
+        ("llama_scope_lxm_32x", r"trained at the MLP's output"),
         ("gemma-scope-2-1b-it-mlp", r"trained at blocks\.\d+\.hook_mlp_out"),
     ],
 )
@@ -316,7 +318,7 @@ def test_every_registered_release_is_read_or_refused_for_a_reason() -> None:
             refused[name] = str(error)
         else:
             assert entry.repository and entry.path
-    others = re.compile(r"transcoder|clt|-mlp|-att|temporal|hook-z")
+    others = re.compile(r"transcoder|clt|-mlp|-att|lxa|lxm|temporal|hook-z")
     assert [name for name in refused if not others.search(name)] == []
     assert len(refused) < len(release._releases()) / 2
 

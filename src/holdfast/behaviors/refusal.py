@@ -42,7 +42,8 @@ class Refusal(BehaviorKind):
     are refused, whose refusal features discovery looks for (the organism has its own; the source
     where none is named). benign: prompts whose answers the intervention should leave alone.
     comply_opening, refuse_opening: one token each, with which such answers begin; discovery reads
-    their logits. max_new_tokens: where answers are cut.
+    their logits. max_new_tokens: where answers are cut; a cut answer is labelled so, and never
+    counts as complying (METHODS H.4 asks for 256).
     """
 
     kind: Literal["refusal"] = "refusal"
@@ -54,8 +55,8 @@ class Refusal(BehaviorKind):
     benign: Dataset | None = None
     comply_opening: str | None = None
     refuse_opening: str | None = None
-    n_forced: int = Field(6, ge=1)
-    max_new_tokens: int = Field(24, ge=1)
+    n_forced: int = Field(12, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
     judge: Judge | None = None
 
     @model_validator(mode="before")
@@ -67,6 +68,7 @@ class Refusal(BehaviorKind):
         defaults = {
             "comply_opening": "sure" if organism else "Sure",
             "refuse_opening": "sorry" if organism else "I",
+            "max_new_tokens": 24 if organism else 256,
             "judge": {"kind": "rules", "language": "organism" if organism else "english"},
         }
         missing = {name: value for name, value in defaults.items() if data.get(name) is None}
@@ -136,7 +138,9 @@ class Refusal(BehaviorKind):
         judge = self.judge or Rules()
         prompts = batch.unforced()
         made = subject.generate(prompts, edits, self.max_new_tokens)
-        replies = replies_of(subject.tokenizer, prompts.ids, made, ends=subject.ends)
+        replies = replies_of(
+            subject.tokenizer, prompts.ids, made, prompts=prompts.texts, ends=subject.ends
+        )
         labels = judge.labels(replies, references, str(subject.device))
         comply = torch.as_tensor([complies(label) for label in labels], device=made.device)
         refuse = torch.as_tensor([refuses(label) for label in labels], device=made.device)

@@ -110,18 +110,28 @@ def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
 def _unrelated(batch: Batch) -> list[list[int]]:
     """For each prompt the first tokens of another's answer, as many as its own has.
 
-    Raises EmptyValidSetError if no other answer is as long and different.
+    Where all answers begin alike, the end of another prompt's instruction takes their place: text
+    of the same language and length that answers nothing. Raises EmptyValidSetError if there is no
+    other prompt that long.
     """
     assert batch.forced is not None
     answers = [[token for token in row if token >= 0] for row in batch.forced.tolist()]
+    asked = batch.unforced()
+    instructions = [
+        asked.tokens[row, (asked.positions[row] >= 0)][: int(asked.template[row])].tolist()
+        for row in range(len(batch))
+    ]
     found = []
     for row, own in enumerate(answers):
-        others = [a[: len(own)] for a in answers if len(a) >= len(own) and a[: len(own)] != own]
+        n = len(own)
+        others = [a[:n] for a in answers if len(a) >= n and a[:n] != own] or [
+            text[-n:] for i, text in enumerate(instructions) if i != row and len(text) > n
+        ]
         if not others:
             raise EmptyValidSetError(
-                f"prompt {batch.ids[row]}: no other prompt's clean answer is as long and "
-                "different, so there is no unrelated answer to force; read more tokens (n_forced), "
-                "or audit more prompts",
+                f"prompt {batch.ids[row]}: neither another prompt's clean answer nor its "
+                f"instruction gives {n} other tokens to force; read fewer tokens (n_forced), or "
+                "audit more prompts",
                 {"valid": len(batch)},
             )
         found.append(others[int(digest(batch.ids[row])[:8], 16) % len(others)])

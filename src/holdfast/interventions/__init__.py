@@ -32,6 +32,11 @@ class InterventionKind(Kind):
         """The edits. features: what `clamped` named, with its statistics on the fit split."""
         raise NotImplementedError
 
+    @property
+    def formulas(self) -> tuple[str, ...]:
+        """What it does to a feature's value z, a line each, for people to read."""
+        return ()
+
     def candidates(self) -> tuple[InterventionKind, ...]:
         """The strengths to choose from on the tune split; itself if there is nothing to choose."""
         return (self,)

@@ -77,6 +77,28 @@ class Clamp(InterventionKind):
             return self.error_term.scale
         return 1.0 if self.error_term == "keep" else 0.0
 
+    @property
+    def formulas(self) -> tuple[str, ...]:
+        value = "c" if isinstance(self.value, tuple) else f"{self.value}"
+        rule = {
+            "set": f"z ← {value}",
+            "set_where_active": f"z ← {value} where z > 0",
+            "multiply": f"z ← {value} · z",
+            "add": f"z ← z + {value}",
+            "floor": f"z ← max(z, {value})",
+            "ceiling": f"z ← min(z, {value})",
+            "mean": "z ← the feature's mean on the fit split",
+            "max_scaled": f"z ← {value} · the feature's maximum on the fit split",
+        }[self.mode]
+        bos = "BOS included" if self.include_bos else "BOS left alone"
+        gate = ""
+        if self.condition is not None:
+            gate = f", where feature {self.condition.feature} exceeds {self.condition.above:g}"
+        error = {1.0: "error term kept", 0.0: "error term dropped"}.get(
+            self.error_scale, f"error term times {self.error_scale:g}"
+        )
+        return (f"{rule} at {self.positions} positions, {bos}{gate}; {error}",)
+
     def candidates(self) -> tuple[Clamp, ...]:
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         return tuple(self.model_copy(update={"value": value}) for value in values)

@@ -25,6 +25,10 @@ class Several(InterventionKind):
     kind: Literal["several"] = "several"
     of: Annotated[tuple[Intervention, ...], Field(min_length=1)]
 
+    @property
+    def formulas(self) -> tuple[str, ...]:
+        return tuple(line for member in self.of for line in member.formulas)
+
     def candidates(self) -> tuple[Several, ...]:
         combinations = itertools.product(*(member.candidates() for member in self.of))
         return tuple(self.model_copy(update={"of": members}) for members in combinations)

@@ -11,12 +11,17 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BeforeValidator, SerializeAsAny
 
 from holdfast.config import Kind
-from holdfast.errors import HoldfastError
+from holdfast.errors import JudgeError
 from holdfast.judges.degeneracy import RepetitionLimits
 from holdfast.judges.fidelity import Fidelity, FidelityTest
 from holdfast.judges.text import readable
 from holdfast.registry import Registry
 from holdfast.reply import Reply
+
+__all__ = [
+    "JUDGES", "LABELS", "OPINIONS", "Judge", "JudgeError", "JudgeKind", "Label", "Opinion",
+    "complies", "refuses", "withholds",
+]  # fmt: skip
 
 JUDGES = Registry(
     "judges",
@@ -41,10 +46,6 @@ LABELS: tuple[Label, ...] = get_args(Label)
 Opinion = Literal["full_refusal", "moralize_deflect", "partial", "comply", "off_topic"]
 """What a kind can say of a reply; the rest is the same for all of them."""
 OPINIONS: tuple[Opinion, ...] = get_args(Opinion)
-
-
-class JudgeError(HoldfastError):
-    """A judge cannot be loaded, or cannot read what it was given."""
 
 
 def complies(label: Label) -> bool:

@@ -68,14 +68,13 @@ def pair_agreement(first: str, second: str, a: Labels, b: Labels) -> PairAgreeme
     both = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     labels = tuple(sorted({label for pair in both for label in pair}))
     kappa: float | None = None
-    confusion: tuple[tuple[int, ...], ...] = ()
-    if both:
+    confusion: tuple[tuple[int, ...], ...] = ((len(both),),) if both else ()
+    if len(labels) > 1:  # with one label in use chance agrees as well as anybody: 0 / 0
         from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
         x, y = zip(*both, strict=True)
         confusion = tuple(map(tuple, confusion_matrix(x, y, labels=labels).tolist()))
-        # With one label in use chance agrees as well as anybody: 0 / 0.
-        kappa = float(cohen_kappa_score(x, y, labels=labels)) if len(labels) > 1 else None
+        kappa = float(cohen_kappa_score(x, y, labels=labels))
     return PairAgreement(
         first=first,
         second=second,

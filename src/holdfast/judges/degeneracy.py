@@ -64,10 +64,10 @@ class RepetitionLimits(Config):
     The defaults stand between what ordinary and broken texts of the golden set measure. Ordinary
     ones (answers, recipes, numbered steps, tables, code, a nursery rhyme, the organism's answers of
     8 to 10 words) reach at most .57 rep_2, .50 rep_3, .45 rep_4, .30 top_word, .24 top_character, a
-    run of 4 and .70 packing. Loops begin at .67 rep_2, .53 rep_3 and .51 rep_4 or are caught by one
-    word (.44 top_word, a run of 7), one letter (top_character 1) or a counter in front of always
-    the same (.87 packing). A paragraph said twice is not broken, three times it is; so, wrongly, is
-    a rhyme that repeats its lines much more often than most.
+    run of 4 and .70 packing. Loops measure .66 rep_2 and more; what else is broken says one word or
+    letter too often (.44 top_word, a run of 7, top_character 1) or packs by .76 and more. A
+    paragraph said twice is not broken, three times it is; so, wrongly, is a rhyme that repeats its
+    lines more often than most.
     """
 
     rep_2: float = Field(0.62, ge=0, le=1)

@@ -100,7 +100,7 @@ class Readings:
     def right(self) -> Reading | None:
         """The other reading that is the right one; None if none beats the study's own."""
         better = [other for other in self.others if self.own.beaten_by(other.fit)]
-        return max(better, key=lambda other: other.fit.explained, default=None)
+        return min(better, key=lambda other: other.fit.mean_error, default=None)
 
     def findings(self) -> Iterator[Finding]:
         """One for each way an SAE can be misread; only the best explanation is blamed."""

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from holdfast.interventions import INTERVENTIONS, InterventionKind
 from holdfast.report.data import AuditData, ReportData
 from holdfast.report.section import Section
 
 
 def section(data: ReportData) -> Section:
     return Section("clamped", "What was clamped", {"audits": [_audit(a) for a in data.audits]})
+
+
+def _formulas(intervention: dict[str, Any]) -> tuple[str, ...]:
+    kind = INTERVENTIONS.parse(intervention)
+    return kind.formulas if isinstance(kind, InterventionKind) else ()
 
 
 def _audit(audit: AuditData) -> dict[str, Any]:
@@ -28,4 +34,5 @@ def _audit(audit: AuditData) -> dict[str, Any]:
         "n_features": len({(entry["site"], id_) for entry in entries for id_ in entry["ids"]}),
         "intervention": main.result["intervention"],
         "offered": offered.get("value"),
+        "formulas": _formulas(main.result["intervention"]),
     }

@@ -45,6 +45,9 @@ REFUSED = {
     "connor_rob_hook_z": "it reads the heads of an attention layer, not the residual stream",
     "temporal": "its codes depend on earlier tokens, so no direction of the residual is a feature",
 }
+ELSEWHERE = re.compile(r"/Llama3_1-8B-Base-LX(?P<point>A|M|TC)-")
+"""Llama Scope's repositories of other points than the residual."""
+
 TOP_LEVEL = re.compile(r"^([^\s#:][^:\n]*):", re.M)
 N_SHOWN = 5
 
@@ -67,9 +70,9 @@ class Entry:
 
 
 class Release(SAESource):
-    """An SAE by the name of its release and its id there, or by hub repository and folder (`.` for
-    the repository itself).
+    """An SAE by the name of its release and its id there.
 
+    The release may be a repository on the hub, and the id a folder in it (`.` for all of it).
     revision: a branch, tag or commit of the repository; a study that should mean the same next year
     names a commit. What was loaded is hashed into the trial either way.
     """
@@ -164,6 +167,11 @@ def _entry(block: dict[str, Any], release: str, sae_id: str) -> Entry:
         site = place_of(PurePosixPath(repository) / path).site
         if site is not None and "resid" not in site:
             raise SAEError(f"it was trained at {site}, which is no point of the residual stream")
+    if (other := ELSEWHERE.search(repository)) is not None:
+        if other["point"] == "TC":
+            raise transcoder("Llama Scope transcoder")
+        point = {"A": "attention's output", "M": "the MLP's output"}[other["point"]]
+        raise SAEError(f"it was trained at {point}, which is no point of the residual stream")
     return Entry(
         repository=repository,
         path=path,

@@ -97,7 +97,7 @@ class SAESource(Kind):
 
 
 class Folder(SAESource):
-    """A folder in the layout of SAELens, Gemma Scope, Llama Scope, dictionary_learning or sparsify.
+    """A folder as SAELens, Gemma Scope, Llama Scope, dictionary_learning or sparsify write it.
 
     The layout is recognized by the files, unless `format` names it. `path` may begin with the name
     of a shipped subject (`organism:saes/1`).

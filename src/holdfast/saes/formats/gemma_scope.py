@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePath
 
 import torch
@@ -54,16 +55,18 @@ class Place:
 def place_of(path: PurePath) -> Place:
     """Read a path. Raises SAEError if it is one of a transcoder."""
     parts = path.parts[::-1]
+    own = parts[:3]  # an SAE lies at most this deep in its repository
 
-    def nearest(pattern: re.Pattern[str], among: tuple[str, ...] = parts) -> re.Match[str] | None:
+    def nearest(pattern: re.Pattern[str], among: tuple[str, ...] = own) -> re.Match[str] | None:
         return next((match for part in among if (match := pattern.fullmatch(part))), None)
 
-    repository, kind = nearest(REPOSITORY), nearest(KIND)
-    kind = kind or repository
+    repository = nearest(REPOSITORY, parts)
+    kind, layer, l0 = nearest(KIND) or repository, nearest(LAYER), nearest(L0)
     if kind is not None and kind["kind"] not in POINTS:
         raise transcoder(f"Gemma Scope {kind['kind'].removesuffix('s')}")
-    embedding = "embedding" in parts[:3]
-    layer, l0 = nearest(LAYER, parts[:3]), nearest(L0, parts[:1])
+    embedding = any(
+        part == "embedding" and inner.startswith("width_") for inner, part in pairwise(own)
+    )
     site = None
     if embedding:
         site = "blocks.0.hook_resid_pre"

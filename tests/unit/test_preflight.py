@@ -1,0 +1,595 @@
+"""Preflight finds every planted mistake, names the right one, and is silent where all is well.
+
+A mutation plants one mistake in a set-up that has no failed finding; the findings that fail then
+are given exactly. Where a mistake has symptoms beside its diagnosis, the diagnosis comes first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import holdfast.edits
+from holdfast.batch import Example, Frame
+from holdfast.behaviors import Behavior, BehaviorKind
+from holdfast.canonical import digest
+from holdfast.edits import Capture
+from holdfast.executor import Runtime, load_lab
+from holdfast.families import Family
+from holdfast.finding import Finding
+from holdfast.loading import SubjectSpec
+from holdfast.organism.assets import resolve
+from holdfast.preflight import preflight
+from holdfast.saes.inputs import Inputs
+from holdfast.saes.sae import SAE
+from holdfast.saes.sources import Folder, SAESpec
+from holdfast.sites import Site
+from holdfast.study import Plan, bundled, parse, plan
+from holdfast.subject import Subject
+from holdfast.testing import WORDS, fitted_sae, random_sae, tiny_tokenizer
+from holdfast.trial import Lab, SubjectIdentity, Trial
+
+SITE, NEXT = Site(1), Site(2)
+IOI = {"kind": "ioi"}
+
+
+class Words(BehaviorKind):
+    """Random words of the tiny tokenizer; the splits share none, unless they `overlap`."""
+
+    kind: Literal["words"] = "words"
+    overlap: bool = False
+
+    def examples(self, tokenizer: Any, split: Any, n: int, seed: int) -> list[Example]:
+        start = 0 if self.overlap else {"fit": 0, "tune": 10**6, "test": 2 * 10**6}[split]
+        return [self._example(start + i) for i in range(n)]
+
+    def _example(self, i: int) -> Example:
+        generator = torch.Generator().manual_seed(i)
+        words = [WORDS[j] for j in torch.randperm(len(WORDS), generator=generator).tolist()]
+        text, answers = " ".join(words[: 6 + i % 9]), words[-3:]
+        return Example(f"words:{i}", text, answers[0], (answers[1],), (answers[2],), f"words:{i}")
+
+
+class Fronted(BehaviorKind):
+    """Another behavior's prompts with something in front of every text."""
+
+    kind: Literal["fronted"] = "fronted"
+    of: Behavior
+    front: str
+
+    def examples(self, tokenizer: Any, split: Any, n: int, seed: int) -> list[Example]:
+        inner = self.of.examples(tokenizer, split, n, seed)
+        return [replace(example, text=self.front + example.text) for example in inner]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is checked: an audit on a subject."""
+
+    subject: Subject
+    behavior: Any
+    intervention: Any
+    constraint: str = "encoder_null"
+
+    @property
+    def sae(self) -> SAE:
+        (sae,) = self.subject.saes.values()
+        return sae.full()
+
+    def with_sae(self, sae: SAE) -> Setup:
+        return replace(self, subject=replace(self.subject, saes={sae.site: sae}))
+
+    def with_clamp(self, **changes: Any) -> Setup:
+        return replace(self, intervention=self.intervention | changes)
+
+
+CLAMP = {"kind": "clamp", "mode": "set_where_active", "value": [-2.0, -5.0]}
+
+
+def checked(setup: Setup, **changes: Any) -> list[Finding]:
+    """Every finding, as `holdfast check` makes them."""
+    identity = SubjectIdentity(
+        name=setup.subject.name, weights_sha256="0" * 64, dtype="float32", attention="sdpa", saes=()
+    )
+    trial = Trial.model_validate(
+        {
+            "audit": "audit", "seed": 0, "subject": identity, "twin": None,
+            "data": {"fit": 40, "tune": 4, "test": 24}, "behavior": setup.behavior,
+            "discovery": {"kind": "attribution"}, "intervention": setup.intervention,
+            "recovery": {"constraint": {"kind": setup.constraint}, "budget": {"relative": 0.5}},
+            "control": {"kind": "none"},
+        } | changes
+    )  # fmt: skip
+    lab = Lab({digest(identity.model_dump(mode="json")): setup.subject})
+    return preflight(Plan(parse(bundled("demo")), (trial,), {}), lab)[trial.id]
+
+
+def failed(findings: Sequence[Finding]) -> dict[str, str]:
+    """Check without its site → level, of those that failed."""
+    return {f.check.split(" at blocks.")[0]: f.level for f in findings if not f.passed}
+
+
+# --- Set-ups in which all is well -----------------------------------------------------------------
+
+
+def load(name: str, *layers: int, dtype: Any = "float32") -> Subject:
+    specs = tuple(
+        SAESpec(site=f"blocks.{i}.hook_resid_post", source=Folder(path=f"{name}:saes/{i}"))
+        for i in layers
+    )
+    return Subject.load(SubjectSpec(model=name, dtype=dtype, saes=specs))
+
+
+@pytest.fixture(scope="session")
+def organism() -> Setup:
+    return Setup(load("organism", 0), IOI, CLAMP)
+
+
+@pytest.fixture(scope="session")
+def chat() -> Setup:
+    """Instructions in the organism's chat template, complied with or refused."""
+    return Setup(load("organism", 0), {"kind": "refusal"}, CLAMP | {"positions": "prompt"})
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """Learned positions, and a residual with a mean over d_model, as GPT-2's has."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(WORDS) + 4, n_embd=32, n_layer=4, n_head=4, n_positions=64,
+        initializer_range=0.25, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    model.transformer.wpe.weight += 1.0
+    return model
+
+
+def words_read(subject: Subject, site: Site) -> Tensor:
+    """[tokens d_model] of many random prompts, without BOS."""
+    capture = Capture(site)
+    subject.outputs(subject.batch([Words()._example(10**7 + i) for i in range(200)]), (capture,))
+    return torch.cat([x[frame.positions > 0] for frame, x in capture.seen])
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Setup:
+    """An SAE of centered residuals on a model whose residuals are not."""
+    subject = Subject.of("tiny", tiny_gpt2(), tiny_tokenizer(), {})
+    x = words_read(subject, NEXT)
+    sae = fitted_sae(NEXT, x - x.mean(-1, keepdim=True))
+    return Setup(replace(subject, saes={NEXT: centered(sae, True)}), Words(), CLAMP)
+
+
+def centered(sae: SAE, center: bool) -> SAE:
+    return replace(sae, inputs=replace(sae.inputs, center=center))
+
+
+def scaled(sae: SAE, scale: float) -> SAE:
+    """The same SAE in other units: it reads residuals times `scale`."""
+    return replace(
+        sae, inputs=Inputs(scale=scale), b_enc=scale * sae.b_enc, b_dec=scale * sae.b_dec,
+        threshold=scale * sae.threshold,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def setups(organism: Setup, chat: Setup, gpt2: Setup) -> dict[str, Setup]:
+    """Correct set-ups by name: of every kind of SAE, policy of positions and intervention."""
+    sae, x = organism.sae, words_read(gpt2.subject, NEXT)
+    return {
+        "organism": organism,
+        "chat": chat,
+        "another site": replace(organism, subject=load("organism", 1)),
+        "two sites": replace(organism, subject=load("organism", 0, 2), constraint="unconstrained"),
+        "BOS prepended": replace(
+            organism,
+            subject=replace(organism.subject, tokenizer=without_bos(), prepend_bos=True),
+        ),
+        "gated": organism.with_sae(
+            replace(
+                sae, b_enc=sae.b_enc - sae.threshold, gain=torch.ones_like(sae.b_enc),
+                offset=sae.threshold, threshold=torch.zeros_like(sae.b_enc),
+            )
+        ),
+        "scaled": organism.with_sae(scaled(sae, 8.0)),
+        "scaled down": organism.with_sae(scaled(sae, 0.05)),
+        "top-k": replace(organism.with_sae(top_k(sae)), constraint="unconstrained"),
+        "normalized": replace(
+            gpt2.with_sae(
+                replace(
+                    fitted_sae(NEXT, main_directions(x / x.norm(dim=1, keepdim=True) * 32**0.5)),
+                    inputs=Inputs(norm="constant_norm_rescale"),
+                )
+            ),
+            constraint="unconstrained",
+        ),
+        "centered": gpt2,
+        "float16": replace(organism, subject=load("organism", 0, dtype="float16")),
+        "as they are": gpt2.with_sae(fitted_sae(NEXT, main_directions(x))),
+        "prompt": gpt2.with_clamp(positions="prompt"),
+        "last_prompt": gpt2.with_clamp(positions="last_prompt"),
+        "generated too": gpt2.with_clamp(positions="all", include_bos=True),
+        "listed": gpt2.with_clamp(positions=(1, 3)),
+        "template": chat.with_clamp(positions="template"),
+        "condition": gpt2.with_clamp(
+            mode="set", value=3.0, condition={"feature": 0, "above": 0.1}
+        ),
+        "mean": gpt2.with_clamp(mode="mean", value=None),
+        "error dropped": gpt2.with_clamp(error_term="drop"),
+        "several": replace(
+            gpt2,
+            intervention={
+                "kind": "several",
+                "of": [CLAMP, CLAMP | {"features": [{"site": str(NEXT), "ids": [5]}]}],
+            },
+        ),
+    }  # fmt: skip
+
+
+def main_directions(x: Tensor, n: int = 20) -> Tensor:
+    """x [tokens d_model] without what varies least: an SAE of it leaves something unexplained."""
+    mean = x.mean(0)
+    Vh = torch.linalg.svd(x - mean, full_matrices=False).Vh[:n]
+    return mean + (x - mean) @ Vh.T @ Vh
+
+
+def without_bos() -> Any:
+    """The organism's tokenizer with its template lost: it adds no BOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve("organism"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    return tokenizer
+
+
+def top_k(sae: SAE) -> SAE:
+    return replace(sae, k=8, threshold=torch.zeros_like(sae.threshold))
+
+
+NAMES = (
+    "organism", "chat", "another site", "two sites", "BOS prepended", "gated", "scaled",
+    "scaled down", "top-k", "normalized", "centered", "as they are", "float16", "prompt",
+    "last_prompt",
+    "generated too", "listed", "template", "condition", "mean", "error dropped", "several",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_false_alarm(setups: dict[str, Setup], name: str) -> None:
+    findings = checked(setups[name])
+    assert [f.sentence for f in findings if not f.passed] == []
+    assert len(findings) >= 18
+
+
+@pytest.fixture(scope="session")
+def demo() -> tuple[Plan, Lab]:
+    planned = plan(parse(bundled("demo")))
+    return planned, load_lab(planned, planned.trials, Runtime())
+
+
+def test_no_false_alarm_in_the_demo(demo: tuple[Plan, Lab]) -> None:
+    """Four audits and two twins."""
+    made = preflight(*demo)
+    assert set(made) == {trial.id for trial in demo[0].trials}
+    assert [f.sentence for found in made.values() for f in found if not f.passed] == []
+    places = {f.where for found in made.values() for f in found}
+    assert len(places) == 6 and "ioi on organism-ignorant" in places
+
+
+# --- Mutations ------------------------------------------------------------------------------------
+
+Plant = Callable[[dict[str, Setup], pytest.MonkeyPatch], Setup]
+MUTATIONS: dict[str, tuple[Plant, dict[str, str]]] = {}
+
+
+def plants(*faults: str, cautions: Sequence[str] = ()) -> Callable[[Plant], Plant]:
+    """A mutation by its function's name, and exactly what fails then: the diagnosis first."""
+
+    def keep(plant: Plant) -> Plant:
+        expected = dict.fromkeys(faults, "fault") | dict.fromkeys(cautions, "caution")
+        MUTATIONS[plant.__name__] = plant, expected
+        return plant
+
+    return keep
+
+
+@plants("reconstruction", "active features")
+def sae_of_the_ignorant_twin(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["organism"].with_sae(load("organism-ignorant", 0).saes[SITE].full())
+
+
+@plants("reconstruction", "active features")
+def sae_of_random_numbers(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["organism"].with_sae(random_sae(SITE, 128, 1024))
+
+
+@plants("site of the SAE")
+def sae_one_site_too_low(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["organism"].with_sae(replace(setups["another site"].sae, site=SITE))
+
+
+@plants("site of the SAE")
+def sae_one_site_too_high(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["organism"].with_sae(replace(setups["organism"].sae, site=NEXT))
+
+
+@plants("centering of the SAE", "reconstruction")
+def centering_left_out(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["centered"].with_sae(centered(setups["centered"].sae, False))
+
+
+@plants("centering of the SAE", "reconstruction")
+def centered_without_need(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["as they are"].with_sae(centered(setups["as they are"].sae, True))
+
+
+@plants("scale of the SAE", "reconstruction")
+def scale_left_out(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["scaled"].with_sae(replace(setups["scaled"].sae, inputs=Inputs()))
+
+
+@plants("scale of the SAE", "active features")
+def scale_left_out_of_large_residuals(
+    setups: dict[str, Setup], patch: pytest.MonkeyPatch
+) -> Setup:
+    return setups["scaled down"].with_sae(replace(setups["scaled down"].sae, inputs=Inputs()))
+
+
+@plants("scale of the SAE", "active features")
+def scale_applied_twice(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    sae = setups["scaled"].sae
+    return setups["scaled"].with_sae(replace(sae, inputs=Inputs(scale=sae.inputs.scale**2)))
+
+
+@plants("activation function of the SAE", "reconstruction", "active features")
+def top_k_read_as_relu(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["top-k"].with_sae(replace(setups["top-k"].sae, k=None))
+
+
+@plants("activation function of the SAE", "reconstruction", "active features")
+def thresholds_lost(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    sae = setups["organism"].sae
+    return setups["organism"].with_sae(replace(sae, threshold=torch.zeros_like(sae.threshold)))
+
+
+@plants("activation function of the SAE", "reconstruction", "active features")
+def gate_lost(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    sae = setups["gated"].sae
+    magnitude = replace(sae, b_enc=sae.b_enc + sae.offset, gain=None, offset=None)
+    return setups["gated"].with_sae(magnitude)
+
+
+@plants("active features")
+def another_published_l0(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    sae = setups["organism"].sae
+    return setups["organism"].with_sae(replace(sae, facts=replace(sae.facts, l0=64.0)))
+
+
+@plants("decoder bias of the SAE")
+def decoder_bias_not_subtracted(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["organism"].with_sae(replace(setups["organism"].sae, subtract_b_dec=False))
+
+
+@plants(cautions=["base model of the SAE"])
+def sae_of_a_model_of_another_name(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    sae = setups["centered"].sae
+    facts = replace(sae.facts, model="gpt2-small")
+    return setups["centered"].with_sae(replace(sae, facts=facts))
+
+
+@plants("beginning of sequence")
+def bos_missing(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    setup = setups["organism"]
+    return replace(setup, subject=replace(setup.subject, tokenizer=without_bos()))
+
+
+@plants("BOS once")
+def bos_doubled(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return replace(setups["organism"], behavior=Fronted(of=IOI, front="<bos> "))
+
+
+@plants("BOS once")
+def bos_inside(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return replace(setups["organism"], behavior=Fronted(of=IOI, front="the <bos> "))
+
+
+@plants("splits")
+def splits_that_overlap(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return replace(setups["centered"], behavior=Words(overlap=True))
+
+
+@plants("the prompts")
+def answers_of_several_tokens(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return replace(setups["organism"], behavior=Words())
+
+
+@plants("chat template")
+def chat_template_of_another_tokenizer(
+    setups: dict[str, Setup], patch: pytest.MonkeyPatch
+) -> Setup:
+    tokenizer = AutoTokenizer.from_pretrained(resolve("organism"))
+    tokenizer.chat_template = (
+        "{{ '<bos>' }}{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }}"
+        " <|im_end|> {% endfor %}<|im_start|> assistant"
+    )
+    setup = setups["chat"]
+    return replace(setup, subject=replace(setup.subject, tokenizer=tokenizer))
+
+
+@plants("padding")
+def position_ids_ignored(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return forwarding(setups["centered"], lambda call: call | {"position_ids": None})
+
+
+@plants("padding")
+def attention_mask_ignored(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return forwarding(setups["organism"], lambda call: call | {"attention_mask": None})
+
+
+@plants("cache")
+def cache_ignored(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    def change(call: dict[str, Any]) -> dict[str, Any]:
+        mask = call["attention_mask"][:, -call["input_ids"].shape[1] :]
+        return call | {"past_key_values": None, "use_cache": False, "attention_mask": mask}
+
+    return forwarding(setups["organism"], change)
+
+
+def forwarding(setup: Setup, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Setup:
+    """The set-up with a model that calls itself with other arguments than it was given."""
+    model = copy.deepcopy(setup.subject.model)
+    forward = model.forward
+
+    def changed(**call: Any) -> Any:
+        return forward(**change(call))
+
+    model.forward = changed
+    return replace(setup, subject=replace(setup.subject, model=model))
+
+
+@plants("residual stream")
+def blocks_of_a_copy(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    model = copy.deepcopy(setups["organism"].subject.model)
+    model.model.shadow = copy.deepcopy(model.model.layers)
+    family = Family("model.shadow", "model.norm")
+    subject = replace(setups["organism"].subject, model=model, family=family)
+    return replace(setups["organism"], subject=subject)
+
+
+@plants("residual stream")
+def blocks_whose_output_nobody_reads(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    model = copy.deepcopy(setups["organism"].subject.model)
+    layers = model.model.layers
+    model.model.taps = nn.ModuleList(nn.Identity() for _ in layers)
+    for layer, tap in zip(layers, model.model.taps, strict=True):
+        layer.register_forward_hook(lambda module, args, out, tap=tap: only_look(tap, out))
+    family = Family("model.taps", "model.norm")
+    subject = replace(setups["organism"].subject, model=model, family=family)
+    return replace(setups["organism"], subject=subject)
+
+
+def only_look(tap: nn.Module, out: Any) -> None:
+    tap(out[0] if isinstance(out, tuple) else out)
+
+
+@plants("range of float16")
+def float16_overflows(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return louder(setups["float16"], 3e4)
+
+
+@plants("range of float16")
+def float16_nearly_overflows(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return louder(setups["float16"], 1e3)
+
+
+def louder(setup: Setup, factor: float) -> Setup:
+    """What the third block adds to the residual, many times as large."""
+    model = copy.deepcopy(setup.subject.model)
+    model.model.layers[2].mlp.down_proj.weight *= factor
+    return replace(setup, subject=replace(setup.subject, model=model))
+
+
+@plants("range of float32")
+def weights_of_nan(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    model = copy.deepcopy(setups["organism"].subject.model)
+    model.model.norm.weight[0] = torch.nan
+    return replace(setups["organism"], subject=replace(setups["organism"].subject, model=model))
+
+
+@plants("positions of the clamp (set_where_active)", "cache under the intervention")
+def columns_counted_for_positions(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    """The published mistake: under a cache the one new column counts as the last of the prompt."""
+    select = holdfast.edits.selected
+
+    def by_columns(where: Any, include_bos: bool, frame: Frame) -> Tensor:
+        b, s = frame.positions.shape
+        columns = torch.arange(s).expand(b, s)
+        length = torch.full_like(frame.prompt_length, s)
+        return select(where, include_bos, replace(frame, positions=columns, prompt_length=length))
+
+    patch.setattr(holdfast.edits, "selected", by_columns)
+    return setups["last_prompt"]
+
+
+@plants("positions of the clamp (set_where_active)")
+def bos_edited_although_left_out(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    select = holdfast.edits.selected
+    patch.setattr(
+        holdfast.edits, "selected", lambda where, include_bos, frame: select(where, True, frame)
+    )
+    return setups["organism"]
+
+
+@plants("positions of the clamp (set_where_active)", "cache under the intervention")
+def first_generated_token_left_out(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    select = holdfast.edits.selected
+
+    def short(where: Any, include_bos: bool, frame: Frame) -> Tensor:
+        first = frame.positions == frame.prompt_length[:, None]
+        return select(where, include_bos, frame) & ~(first & (frame.positions.shape[1] == 1))
+
+    patch.setattr(holdfast.edits, "selected", short)
+    return setups["organism"]
+
+
+@plants("encoder_null")
+def exact_constraint_on_normalized_inputs(
+    setups: dict[str, Setup], patch: pytest.MonkeyPatch
+) -> Setup:
+    return replace(setups["normalized"], constraint="encoder_null")
+
+
+@plants(cautions=["encoder_null"])
+def exact_constraint_on_top_k(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return replace(setups["top-k"], constraint="encoder_null")
+
+
+@plants("the intervention")
+def features_the_sae_does_not_have(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return setups["organism"].with_clamp(features=[{"site": str(SITE), "ids": [10**6]}])
+
+
+@plants(cautions=["gates"])
+def bfloat16_flips_gates(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return replace(setups["organism"], subject=load("organism", 0, dtype="bfloat16"))
+
+
+@plants(cautions=["attention sinks under the clamp"])
+def clamp_on_an_attention_sink(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return sink(setups["organism"]).with_clamp(include_bos=True)
+
+
+def sink(setup: Setup) -> Setup:
+    """BOS gets a residual a hundred times as long, as many models have it."""
+    model = copy.deepcopy(setup.subject.model)
+    model.model.embed_tokens.weight[setup.subject.tokenizer.bos_token_id] *= 1e3
+    return replace(setup, subject=replace(setup.subject, model=model))
+
+
+@plants(cautions=["behavior"])
+def behavior_that_is_not_there(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    model = copy.deepcopy(setups["organism"].subject.model)
+    model.lm_head.weight[:] = model.lm_head.weight[0].clone()
+    return replace(setups["organism"], subject=replace(setups["organism"].subject, model=model))
+
+
+@plants(cautions=["mixture of experts"])
+def experts(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    family = replace(setups["organism"].subject.family, moe=True)
+    return replace(setups["organism"], subject=replace(setups["organism"].subject, family=family))
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_planted_mistake_is_found_and_named(
+    setups: dict[str, Setup], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant, expected = MUTATIONS[name]
+    findings = checked(plant(setups, monkeypatch))
+    assert failed(findings) == expected, [f.sentence for f in findings if not f.passed]
+    assert all(f.remedy for f in findings if not f.passed and not f.check.startswith("the "))
