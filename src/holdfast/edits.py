@@ -8,7 +8,7 @@ so a later site sees what earlier edits did.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -215,6 +215,15 @@ class Perturbation:
         if n_fired == 0:
             raise never_fired(self, site)
 
+    def within(self, batch: Batch) -> Perturbation:
+        """The vectors at positions that the rows of `batch` have: a text may end before the last
+        of them."""
+        end = batch.positions[self._rows_of(batch), -1:] + 1
+        return replace(self, positions=torch.where(self.positions < end, self.positions, -1))
+
+    def _rows_of(self, batch: Batch) -> list[int]:
+        return [batch.ids.index(example) for example in self.ids]
+
     def check_inside(self, batch: Batch, n_generated: int = 0) -> None:
         """Raise PositionError if a position lies outside the prompt and what is generated.
 
@@ -222,7 +231,7 @@ class Perturbation:
         act nowhere (METHODS D.9-1).
         """
         own = self.positions[self._own_rows(batch.frame())]
-        end = batch.prompt_length[:, None] + n_generated
+        end = batch.positions[:, -1:] + 1 + n_generated
         outside = own >= end
         if outside.any():
             row = int(outside.any(1).int().argmax())

@@ -37,7 +37,7 @@ def check_possible(where: Where, frame: Frame, n_generated: int = 0) -> None:
         )
     if isinstance(where, str):
         return
-    shortest = int(frame.prompt_length.min()) + n_generated
+    shortest = int(frame.positions[:, -1].min()) + 1 + n_generated
     outside = [position for position in where if position >= shortest]
     if outside:
         raise PositionError(

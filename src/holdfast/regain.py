@@ -61,7 +61,9 @@ def regain(
     # The last token of a forced answer is read and not run: one more makes all of the text run.
     text = prompts.forcing([[*tokens, tokens[-1]] for tokens in seen.tokens])
     scale = {site: case.features.median_active(site) for site in problem.held}
-    along = verify(case.subject, text, case.edits, perturbation, problem.held, scale, clamp_first)
+    along = verify(
+        case.subject, text, case.edits, perturbation.within(text), problem.held, scale, clamp_first
+    )
     # Whether an answer was forced is read from its own tokens; whether the behavior is back, from
     # what the judge says.
     back = seen.shows if case.own else checks.margin > 0

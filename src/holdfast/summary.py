@@ -27,9 +27,11 @@ def summarize(
 
 
 def _point(plan: Plan, trial: Trial) -> dict[str, Any]:
-    """Where on the study's grid the trial lies: dotted path → value."""
+    """Where on its audit's grid the trial lies: dotted path → value, of what varies there."""
     point = {}
-    for path in plan.study.grid_of(trial.audit):
+    for path, values in plan.study.grid_of(trial.audit).items():
+        if len(values) == 1 and path != "recovery.constraint.kind":
+            continue
         value: Any = trial.canonical()
         for part in path.split("."):
             value = value[int(part)] if isinstance(value, list) else value[part]
@@ -37,9 +39,13 @@ def _point(plan: Plan, trial: Trial) -> dict[str, Any]:
     return point
 
 
+EXACT = ("encoder_null", "feature_hold", "jacobian_null")
+"""Constraints that hold every clamped feature where it is, the ones to read first."""
+
+
 def headline_constraint(constraints: Sequence[str]) -> str:
     """The constraint a verdict is read from: the exact one if it was run, else the last."""
-    return "encoder_null" if "encoder_null" in constraints else constraints[-1]
+    return next((name for name in EXACT if name in constraints), constraints[-1])
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -47,8 +53,10 @@ def headline(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     audits = [row for row in rows if row["control"] == "none"]
     if not audits:
         return []
-    wanted = headline_constraint([row["constraint"] for row in audits])
-    return [row for row in audits if row["constraint"] == wanted]
+    run: dict[str, list[str]] = {}
+    for row in audits:
+        run.setdefault(row["audit"], []).append(row["constraint"])
+    return [row for row in audits if row["constraint"] == headline_constraint(run[row["audit"]])]
 
 
 def siblings(trial: Trial, done: Sequence[Trial]) -> dict[str, Trial]:

@@ -324,7 +324,7 @@ def centering_left_out(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> S
     return setups["centered"].with_sae(centered(setups["centered"].sae, False))
 
 
-@plants("centering of the SAE", "reconstruction")
+@plants("centering of the SAE")
 def centered_without_need(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
     return setups["as they are"].with_sae(centered(setups["as they are"].sae, True))
 
@@ -394,7 +394,7 @@ def bos_doubled(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
     return replace(setups["organism"], behavior=Fronted(of=IOI, front="<bos> "))
 
 
-@plants("BOS once")
+@plants("BOS once", cautions=["reconstruction of template tokens"])
 def bos_inside(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
     return replace(setups["organism"], behavior=Fronted(of=IOI, front="the <bos> "))
 
@@ -429,7 +429,10 @@ def position_ids_ignored(setups: dict[str, Setup], patch: pytest.MonkeyPatch) ->
 
 @plants("padding")
 def attention_mask_ignored(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
-    return forwarding(setups["organism"], lambda call: call | {"attention_mask": None})
+    def change(call: dict[str, Any]) -> dict[str, Any]:
+        return call | {"attention_mask": torch.ones_like(call["attention_mask"])}
+
+    return forwarding(setups["organism"], change)
 
 
 @plants("cache")
@@ -485,7 +488,7 @@ def float16_overflows(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Se
 
 @plants("range of float16")
 def float16_nearly_overflows(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
-    return louder(setups["float16"], 1e3)
+    return louder(setups["float16"], 2500.0)
 
 
 def louder(setup: Setup, factor: float) -> Setup:
@@ -511,7 +514,7 @@ def columns_counted_for_positions(setups: dict[str, Setup], patch: pytest.Monkey
         b, s = frame.positions.shape
         columns = torch.arange(s).expand(b, s)
         length = torch.full_like(frame.prompt_length, s)
-        return select(where, include_bos, replace(frame, positions=columns, prompt_length=length))
+        return select(where, True, replace(frame, positions=columns, prompt_length=length))
 
     patch.setattr(holdfast.edits, "selected", by_columns)
     return setups["last_prompt"]

@@ -87,7 +87,7 @@ def chat(scene: Scene) -> Iterator[Finding]:
         passed=not broken,
         level="fault" if unused else "caution",
         expected="the template's special tokens are single tokens of the vocabulary",
-        measured=f"{listed(broken)} {'is' if len(broken) == 1 else 'are'} taken apart"
+        measured=f"{listed(broken)}: taken apart, or unknown"
         + (f", and the tokenizer's own {listed(unused)} are not used" if unused else "")
         if broken
         else f"{listed(list(marks))}: single tokens"

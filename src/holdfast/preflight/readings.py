@@ -36,6 +36,10 @@ GAIN = 0.005
 LESS_BIASED = 2 / 3
 """Most mean error of another reading, as a share of this one's."""
 
+UNBIASED = 0.05
+"""Most mean error of a reading that is the right one; beyond it the prompts are unlike anything the
+SAE was trained on, whatever the reading."""
+
 SCALES = tuple(2.0**k for k in range(-8, 9) if k)
 
 What = Literal["site", "centering", "scale", "decoder bias", "activation function"]
@@ -56,7 +60,7 @@ class Fit:
         """Whether the other reading is the one the SAE was trained for, rather than this."""
         return (
             other.explained >= max(MIN_EXPLAINED, self.explained + GAIN)
-            and other.mean_error <= LESS_BIASED * self.mean_error
+            and other.mean_error <= min(UNBIASED, LESS_BIASED * self.mean_error)
         )
 
 

@@ -153,7 +153,14 @@ def gather(store: RunFolder, plan: Plan) -> ReportData:
         )
         for trial in done
     }
-    vary = [path for path in plan.study.grid if not path.startswith("recovery.constraint")]
+    vary = {
+        audit.name: [
+            path
+            for path, values in plan.study.grid_of(audit.name).items()
+            if not path.startswith("recovery.constraint") and len(values) > 1
+        ]
+        for audit in plan.study.audits
+    }
     known = {audit.name: audit for audit in plan.study.audits}
     names = dict.fromkeys(trial.audit for trial in done if trial.control.kind == "none")
     return ReportData(
@@ -161,7 +168,9 @@ def gather(store: RunFolder, plan: Plan) -> ReportData:
         study_hash=plan.hash,
         study_fields=plan.study.canonical(),
         summary=summary,
-        audits=tuple(_audit(name, known.get(name), done, arms, vary) for name in names),
+        audits=tuple(
+            _audit(name, known.get(name), done, arms, vary.get(name, [])) for name in names
+        ),
         complete=complete,
         n_done=len(done),
         unfinished=unfinished,
