@@ -300,8 +300,11 @@ class Dense:
         now = self
         if stale.any():
             rows = stale.nonzero().flatten()
-            again = here.features.rows(rows).at(here.delta[rows])
-            now = self.put(rows, Dense.of(again, self.used))
+            if 2 * len(rows) > len(stale):
+                fresh = Dense.of(here, self.used).rows(rows)
+            else:
+                fresh = Dense.of(here.features.rows(rows).at(here.delta[rows]), self.used)
+            now = self.put(rows, fresh)
         step = now._across(here.value.flatten(1)[:, self.used])
         return step.view(here.delta.shape), now
 
@@ -567,10 +570,9 @@ def restore(
         out[live] = into_ball(out[live], radius[live])
         here = features.at(out)
         size = here.value.abs().amax((1, 2))
-        slow = ~(size <= 0.5 * smallest)
-        good = (size <= tolerance) | (slow & (size <= ROUNDING * tolerance))
+        strikes += ~(size <= 0.5 * smallest)
+        good = (size <= tolerance) | ((strikes >= 2) & (size <= ROUNDING * tolerance))
         kept |= live & good
-        strikes += (slow & (round_ > 0)).long()
         live &= ~good & torch.isfinite(size) & (strikes < 3)
         if not live.any() or round_ == ROUNDS:
             break

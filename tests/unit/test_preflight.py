@@ -7,8 +7,10 @@ are given exactly. Where a mistake has symptoms beside its diagnosis, the diagno
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -16,24 +18,31 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-import holdfast.edits
-from holdfast.batch import Example, Frame
+import holdfast.preflight
+from holdfast.batch import Batch, Example, Frame
 from holdfast.behaviors import Behavior, BehaviorKind
+from holdfast.behaviors.ioi import IOI as IOIKind
 from holdfast.canonical import digest
 from holdfast.edits import Capture
+from holdfast.errors import PreflightError
 from holdfast.executor import Runtime, load_lab
 from holdfast.families import Family
-from holdfast.finding import Finding
+from holdfast.finding import Finding, tally
 from holdfast.loading import SubjectSpec
 from holdfast.organism.assets import resolve
-from holdfast.preflight import preflight
+from holdfast.positions import selected
+from holdfast.preflight import preflight, prompts, require, saes
+from holdfast.preflight.model import Nudge, Witness
+from holdfast.preflight.readings import Fit, fit, readings
+from holdfast.preflight.scene import Rounding, Scene, spread
 from holdfast.saes.inputs import Inputs
 from holdfast.saes.sae import SAE
 from holdfast.saes.sources import Folder, SAESpec
+from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
 from holdfast.study import Plan, bundled, parse, plan
 from holdfast.subject import Subject
-from holdfast.testing import WORDS, fitted_sae, random_sae, tiny_tokenizer
+from holdfast.testing import WORDS, check_edit, fitted_sae, random_sae, tiny_tokenizer
 from holdfast.trial import Lab, SubjectIdentity, Trial
 
 SITE, NEXT = Site(1), Site(2)
@@ -67,6 +76,21 @@ class Fronted(BehaviorKind):
     def examples(self, tokenizer: Any, split: Any, n: int, seed: int) -> list[Example]:
         inner = self.of.examples(tokenizer, split, n, seed)
         return [replace(example, text=self.front + example.text) for example in inner]
+
+
+class Ending(BehaviorKind):
+    """Another behavior's prompts with an end that counts as a chat template's; without one, the
+    last letter of the text does."""
+
+    kind: Literal["ending"] = "ending"
+    of: Behavior
+    suffix: str
+
+    def examples(self, tokenizer: Any, split: Any, n: int, seed: int) -> list[Example]:
+        inner = self.of.examples(tokenizer, split, n, seed)
+        return [
+            replace(e, text=e.text + self.suffix, suffix=self.suffix or e.text[-1]) for e in inner
+        ]
 
 
 @dataclass(frozen=True)
@@ -274,12 +298,12 @@ def demo() -> tuple[Plan, Lab]:
 
 
 def test_no_false_alarm_in_the_demo(demo: tuple[Plan, Lab]) -> None:
-    """Four audits and two twins."""
+    """Every audit of the bundled study, and the twins of those that have one."""
     made = preflight(*demo)
     assert set(made) == {trial.id for trial in demo[0].trials}
     assert [f.sentence for found in made.values() for f in found if not f.passed] == []
     places = {f.where for found in made.values() for f in found}
-    assert len(places) == 6 and "ioi on organism-ignorant" in places
+    assert places >= {"ioi on organism", "ioi on organism-ignorant", "mcq on organism"}
 
 
 # --- Mutations ------------------------------------------------------------------------------------
@@ -335,9 +359,7 @@ def scale_left_out(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup
 
 
 @plants("scale of the SAE", "active features")
-def scale_left_out_of_large_residuals(
-    setups: dict[str, Setup], patch: pytest.MonkeyPatch
-) -> Setup:
+def scale_left_out_of_large_residuals(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
     return setups["scaled down"].with_sae(replace(setups["scaled down"].sae, inputs=Inputs()))
 
 
@@ -361,6 +383,7 @@ def thresholds_lost(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setu
 @plants("activation function of the SAE", "reconstruction", "active features")
 def gate_lost(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
     sae = setups["gated"].sae
+    assert sae.offset is not None
     magnitude = replace(sae, b_enc=sae.b_enc + sae.offset, gain=None, offset=None)
     return setups["gated"].with_sae(magnitude)
 
@@ -420,6 +443,17 @@ def chat_template_of_another_tokenizer(
     )
     setup = setups["chat"]
     return replace(setup, subject=replace(setup.subject, tokenizer=tokenizer))
+
+
+@plants(cautions=["chat template"])
+def chat_template_of_words(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    """The tokenizer has no special tokens for chats: it may be meant so."""
+    return replace(setups["centered"], behavior=Ending(of=Words(), suffix=" <|assistant|>"))
+
+
+@plants("chat turn")
+def chat_template_without_a_token(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    return replace(setups["centered"], behavior=Ending(of=Words(), suffix=""))
 
 
 @plants("padding")
@@ -508,36 +542,33 @@ def weights_of_nan(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup
 @plants("positions of the clamp (set_where_active)", "cache under the intervention")
 def columns_counted_for_positions(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
     """The published mistake: under a cache the one new column counts as the last of the prompt."""
-    select = holdfast.edits.selected
 
     def by_columns(where: Any, include_bos: bool, frame: Frame) -> Tensor:
         b, s = frame.positions.shape
         columns = torch.arange(s).expand(b, s)
         length = torch.full_like(frame.prompt_length, s)
-        return select(where, True, replace(frame, positions=columns, prompt_length=length))
+        return selected(where, True, replace(frame, positions=columns, prompt_length=length))
 
-    patch.setattr(holdfast.edits, "selected", by_columns)
+    patch.setattr("holdfast.edits.selected", by_columns)
     return setups["last_prompt"]
 
 
 @plants("positions of the clamp (set_where_active)")
 def bos_edited_although_left_out(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
-    select = holdfast.edits.selected
     patch.setattr(
-        holdfast.edits, "selected", lambda where, include_bos, frame: select(where, True, frame)
+        "holdfast.edits.selected", lambda where, include_bos, frame: selected(where, True, frame)
     )
     return setups["organism"]
 
 
 @plants("positions of the clamp (set_where_active)", "cache under the intervention")
 def first_generated_token_left_out(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
-    select = holdfast.edits.selected
 
     def short(where: Any, include_bos: bool, frame: Frame) -> Tensor:
         first = frame.positions == frame.prompt_length[:, None]
-        return select(where, include_bos, frame) & ~(first & (frame.positions.shape[1] == 1))
+        return selected(where, include_bos, frame) & ~(first & (frame.positions.shape[1] == 1))
 
-    patch.setattr(holdfast.edits, "selected", short)
+    patch.setattr("holdfast.edits.selected", short)
     return setups["organism"]
 
 
@@ -596,3 +627,178 @@ def test_a_planted_mistake_is_found_and_named(
     findings = checked(plant(setups, monkeypatch))
     assert failed(findings) == expected, [f.sentence for f in findings if not f.passed]
     assert all(f.remedy for f in findings if not f.passed and not f.check.startswith("the "))
+
+
+# --- What is made of findings ---------------------------------------------------------------------
+
+
+def finding(passed: bool, level: Literal["fault", "caution"] = "fault") -> Finding:
+    return Finding(check="moon", passed=passed, level=level, expected="full", measured="new",
+                   remedy="wait", where="here")  # fmt: skip
+
+
+def test_only_faults_stop_a_run() -> None:
+    require([finding(True), finding(False, "caution")])
+    with pytest.raises(PreflightError) as caught:
+        require([finding(False), finding(False), finding(True)])
+    said = str(caught.value)
+    assert "a fault" in said and "--despite-faults" in said
+    assert said.count("here: moon: expected full; measured new. To do: wait") == 1
+
+
+def test_tally() -> None:
+    good, caution, fault = finding(True), finding(False, "caution"), finding(False)
+    assert tally([]) == "0 checks, all passed"
+    assert tally([good]) == "1 check, all passed"
+    assert tally([good, caution, fault, fault]) == "4 checks, 2 faults, 1 caution"
+
+
+def test_a_check_that_cannot_be_made_is_a_fault_and_keeps_none_from_being_made(
+    organism: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(scene: Scene, sae: SAE) -> Iterator[Finding]:
+        raise PreflightError("no")
+        yield
+
+    monkeypatch.setattr(saes, "active", broken)
+    monkeypatch.setattr(saes, "reading", broken)
+    findings = checked(organism)
+    assert failed(findings) == {"the SAE": "fault"}
+    assert any(f.check == "cache under the intervention" for f in findings)
+
+
+def test_the_twin_is_not_asked_for_the_behavior(organism: Setup) -> None:
+    """It would be a caution on every good twin."""
+    mute = behavior_that_is_not_there({"organism": organism}, pytest.MonkeyPatch())
+    scene = Scene(mute.subject, mute.behavior, {}, ignorant=True)
+    assert list(prompts.behavior(scene)) == []
+
+
+# --- Cost -----------------------------------------------------------------------------------------
+
+
+def test_a_grid_of_clamps_checks_the_subject_once(
+    demo: tuple[Plan, Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, lab = demo
+    trial = next(t for t in planned.trials if t.audit == "ioi" and t.control.kind == "none")
+    values = (-1.0, -2.0, -3.0)
+    trials = [
+        trial.model_copy(
+            update={"intervention": trial.intervention.model_copy(update={"value": value})}
+        )
+        for value in values
+    ]
+    counts = {"set_scene": 0, "set_stage": 0}
+
+    def counting(module: Any, name: str) -> None:
+        made = getattr(module, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return made(*args, **named)
+
+        monkeypatch.setattr(module, name, call)
+
+    counting(holdfast.preflight, "set_scene")
+    counting(holdfast.preflight.intervention, "set_stage")
+    out = preflight(planned, lab, trials)
+    assert counts == {"set_scene": 1, "set_stage": len(values)}
+    assert set(out) == {t.id for t in trials} and all(len(found) > 15 for found in out.values())
+
+
+def test_one_sae_is_whole_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[SAE]] = []
+    most = 0
+    full = StoredSAE.full
+
+    def counted(self: StoredSAE) -> SAE:
+        nonlocal most
+        sae = full(self)
+        if all(known() is not sae for known in alive):
+            alive.append(weakref.ref(sae))
+        most = max(most, sum(known() is not None for known in alive))
+        return sae
+
+    monkeypatch.setattr(StoredSAE, "full", counted)
+    setup = Setup(load("organism", 0, 1, 2), IOI, CLAMP, "unconstrained")
+    assert failed(checked(setup)) == {}
+    assert most == 1 and len(alive) == 3, "and each is read once"
+
+
+def test_wide_saes_are_tried_on_fewer_tokens() -> None:
+    x = torch.arange(4096.0)[:, None].expand(4096, 2304)
+    for n_features, n in ((1_024, 512), (16_384, 113), (65_536, 32), (1_048_576, 32)):
+        some = spread(x, SimpleNamespace(n_features=n_features, d_model=2304))  # type: ignore[arg-type]
+        assert len(some) == n
+        assert some[0, 0] == 0 and some[-1, 0] == 4095, "from the first to the last"
+
+
+# --- Readings -------------------------------------------------------------------------------------
+
+
+def test_a_fit_is_what_it_says(organism: Setup) -> None:
+    sae = organism.sae
+    x = 3 * torch.randn(700, 128) + 1
+    error = x - sae.decode(sae.encode(x), x)
+    variance = (x - x.mean(0)).square().sum(1).mean()
+    got = fit(sae, x)
+    assert got.explained == pytest.approx(float(1 - error.square().sum(1).mean() / variance))
+    assert got.mean_error == pytest.approx(float(error.mean(0).square().sum() / variance), rel=1e-4)
+
+
+def test_another_reading_must_explain_more_and_be_less_biased() -> None:
+    own = Fit(0.8, 0.02)
+    assert own.beaten_by(Fit(0.85, 0.002))
+    assert not own.beaten_by(Fit(0.85, 0.019)), "a simpler residual explains more, and is biased"
+    assert not own.beaten_by(Fit(0.801, 0.0)), "no conclusion changes"
+    assert not Fit(-3.0, 5.0).beaten_by(Fit(0.4, 0.001)), "nor does that one explain the residuals"
+    assert not Fit(0.5, 0.2).beaten_by(Fit(0.6, 0.1)), "unlike anything it was trained on"
+    assert not own.beaten_by(Fit(float("nan"), float("nan")))
+
+
+def test_training_leaves_no_mean_error(organism: Setup) -> None:
+    """Why the mean error tells readings apart: the shipped SAEs were trained with this one."""
+    subject, sae = organism.subject, organism.sae
+    examples = organism_prompts(subject, "fit", 200)
+    scene = Scene(subject, Words(), {"fit": examples})
+    tried = readings(scene, sae)
+    assert tried.right is None
+    assert all(other.fit.mean_error > 1.5 * tried.own.mean_error for other in tried.others
+               if other.what != "scale" or not 0.7 < other.sae.inputs.scale < 1.5)  # fmt: skip
+
+
+def organism_prompts(subject: Subject, split: Any, n: int) -> list[Example]:
+    return IOIKind().examples(subject.tokenizer, split, n, 0)
+
+
+# --- Edits the checks are made with ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", [Rounding(NEXT), Nudge(NEXT), Witness(NEXT)])
+def test_edits_keep_the_contract(edit: Any, batch: Batch) -> None:
+    check_edit(edit, batch, 32)
+
+
+def test_rounding_is_rounding(batch: Batch) -> None:
+    frame = batch.frame()
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(*frame.positions.shape, 32, dtype=dtype)
+        change = (Rounding(NEXT).apply(NEXT, x, frame) - x).abs() / x.abs()
+        there = frame.positions >= 0
+        assert 0 < change[there].max() <= torch.finfo(dtype).eps
+        assert (change[there] > 0).float().mean() > 0.1
+
+
+def test_noise_flips_about_as_many_gates_as_a_lower_precision(organism: Setup) -> None:
+    """What a float32 model would have said cannot be asked of a large model; of the organism it
+    can."""
+    low = load("organism", 0, dtype="bfloat16")
+    drawn = {"fit": organism_prompts(low, "fit", 40)}
+    scenes = [Scene(subject, Words(), drawn) for subject in (low, organism.subject)]
+    seen = [scene.tokens(scene.captures[SITE]) for scene in scenes]
+    seen.append(scenes[0].tokens(scenes[0].rounded[SITE]))
+    bf16, f32, noisy = (organism.sae.encode(x) > 0 for x in seen)
+    n_true, n_noise = int((bf16 != f32).sum()), int((bf16 != noisy).sum())
+    assert n_true > 10
+    assert 0.5 <= n_noise / n_true <= 2.5

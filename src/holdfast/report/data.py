@@ -13,7 +13,7 @@ from holdfast.study import Audit, Plan
 from holdfast.summary import headline_constraint, siblings, summarize
 from holdfast.trial import Trial
 
-FREE = "unconstrained"
+FREE = ("unconstrained", "random_subspace")
 """The constraint that holds nothing: recovery under it says nothing about the clamp."""
 
 LEAK = 1e-5
@@ -75,8 +75,8 @@ class Point:
 
     @property
     def free(self) -> bool:
-        """Nothing was held."""
-        return self.constraint == FREE
+        """Nothing was held, and nothing was to be."""
+        return self.constraint in FREE
 
     @property
     def drift(self) -> float:
@@ -86,8 +86,11 @@ class Point:
 
     @property
     def leaks(self) -> bool:
-        """Features were to be held, and moved."""
-        return not self.free and self.drift > LEAK
+        """Features were to be held, and what that meant was broken: by its own promise where the
+        constraint has one (a feature may rise above a floor), else by any move."""
+        broken = self.main.checks.get("broken_max")
+        promised = self.main.checks.get("promise", "nothing") != "nothing" and is_number(broken)
+        return not self.free and (float(broken or 0.0) if promised else self.drift) > LEAK
 
     @property
     def arms(self) -> tuple[Arm, ...]:

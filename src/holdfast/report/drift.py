@@ -38,7 +38,7 @@ def section(data: ReportData) -> Section:
 def _contrast(data: ReportData) -> dict[str, Any] | None:
     """The largest drift that leaks beside the largest of those that do not."""
     leaky = [p for p in data.points if p.leaks]
-    exact = [p for p in data.points if not p.free and not p.leaks and p.drift > 0]
+    exact = [p for p in data.points if not p.free and not p.leaks and 0 < p.drift <= LEAK]
     if not leaky or not exact:
         return None
     worst, best = max(leaky, key=lambda p: p.drift), max(exact, key=lambda p: p.drift)

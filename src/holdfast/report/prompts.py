@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from holdfast.report.data import AuditData, ReportData, is_number
@@ -30,10 +31,18 @@ def _audit(audit: AuditData) -> dict[str, Any]:
                 "norm": _number(row["smallest_norm_relative"]),
                 "forced": _number(forced.get(row["id"])),
                 "drift": _number(row["preactivation_drift"]),
+                "labels": _labels(row),
             }
             for row in point.main.audited
         ],
+        "judged": any(_labels(row) for row in point.main.audited),
     }
+
+
+def _labels(row: Mapping[str, Any]) -> str:
+    """What a judge said of the clean, the suppressed and the recovered reply; empty without one."""
+    labels = [str(row.get(f"{name}_label") or "") for name in ("clean", "suppressed", "recovered")]
+    return " → ".join(label.replace("_", " ") for label in labels) if any(labels) else ""
 
 
 def _number(value: Any) -> float | None:
