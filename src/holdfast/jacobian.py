@@ -5,6 +5,11 @@ every entry is dimensionless, and J = ∂Φ/∂δ. A slot is monitored if a pert
 held sites from the lowest perturbed one on, at every token from the first perturbed one on, because
 later tokens read earlier ones through attention.
 
+Where nothing is added at a slot and its clamps read held features only, Φ has the pre-activations
+before the clamp. The clamp then does what it did in the reference, so that those after it are held
+too, and a clamp that makes steps (where active) or takes almost everything away (set) makes no step
+and no almost singular J here. What counts as held is always measured after the clamp.
+
 Corrections are `Jᵀ(JJᵀ + μI)⁻¹r`. Few constraints: J itself, row by row. Many: conjugate gradients
 on products with J and Jᵀ, which stop as soon as the residual is small enough to be useful.
 """
@@ -20,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from holdfast.edits import FeatureEdit
 from holdfast.problem import TINY, Problem
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
@@ -58,7 +64,7 @@ MAX_ITERATIONS = 60
 """Most steps of conjugate gradients."""
 
 TANGENT = 0.02
-"""Share of JᵀJ-components that may be left in a tangent direction; the restoration takes the rest."""
+"""Share of what moves features that may be left in a direction; the restoration takes it away."""
 
 ROUNDS = 10
 """Most corrections of one restoration."""
@@ -72,15 +78,17 @@ class FeatureMap:
     """Φ: perturbations [n q d_model] → [n s K], K features over all monitored sites, s columns.
 
     banks: the monitored sites in forward order; columns: their encoder columns [g d k] as unit
-    vectors; slices: which of the g each row uses [n]; reference [n s d] each; weight [n s K]: 1/‖h‖
-    of the reference, 0 where a column is not monitored or a group has fewer features.
+    vectors; slices: which of the g each row uses [n]; reference: residuals [n s d] before and after
+    the edits; early [n s 1]: where the former are monitored; weight [n s K]: 1/‖h‖ after the edits,
+    0 where a column is not monitored or a group has fewer features.
     """
 
     replay: Replay
     banks: tuple[FeatureBank, ...]
     columns: tuple[Tensor, ...]
     slices: tuple[Tensor, ...]
-    reference: tuple[Tensor, ...]
+    reference: tuple[tuple[Tensor, Tensor], ...]
+    early: tuple[Tensor, ...]
     weight: Tensor
 
     @classmethod
@@ -91,17 +99,20 @@ class FeatureMap:
         banks = tuple(problem.held[site] for site in sites)
         slices = tuple(bank.slices(replay.frame) for bank in banks)
         reference = _references(problem, replay)
-        reached = _reached(replay)
-        weights = []
-        for bank, rows, x in zip(banks, slices, reference, strict=True):
-            here = perturbed_columns(replay) if bank.site == problem.sites[0] else reached
+        perturbed = perturbed_columns(replay)
+        reached = perturbed.cumsum(1) > 0  # these columns and all later ones
+        early, weights = [], []
+        for bank, rows, (_, x) in zip(banks, slices, reference, strict=True):
+            own = perturbed if bank.site in problem.sites else torch.zeros_like(perturbed)
+            early.append((reached & ~own & _reads_held_only(replay, bank))[..., None])
+            here = perturbed if bank.site == problem.sites[0] else reached
             valid = here[..., None] & bank.valid[rows][:, None]
             length = x.norm(dim=-1, keepdim=True).clamp_min(TINY)
             weights.append(torch.where(valid, 1 / length, 0.0))
         columns = tuple(
             bank.W_enc / bank.W_enc.norm(dim=1, keepdim=True).clamp_min(TINY) for bank in banks
         )
-        return cls(replay, banks, columns, slices, reference, torch.cat(weights, 2))
+        return cls(replay, banks, columns, slices, reference, tuple(early), torch.cat(weights, 2))
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -128,27 +139,35 @@ class FeatureMap:
             self,
             replay=self.replay.rows(rows),
             slices=tuple(own[rows] for own in self.slices),
-            reference=tuple(x[rows] for x in self.reference),
+            reference=tuple((x[rows], y[rows]) for x, y in self.reference),
+            early=tuple(own[rows] for own in self.early),
             weight=self.weight[rows],
         )
 
-    def __call__(self, delta: Tensor) -> Tensor:
-        """Φ(δ) [n s K], differentiable twice."""
+    def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Φ(δ) [n s K], differentiable twice, and what is to be held [n s K]: the same after the
+        edits everywhere."""
         states = suffix_states(self.replay, delta, [bank.site for bank in self.banks])
-        moved = [
-            (x - reference) @ W[0] if len(W) == 1 else torch.bmm(x - reference, W[rows])
-            for x, reference, W, rows in zip(
-                states, self.reference, self.columns, self.slices, strict=True
-            )
-        ]
-        return torch.cat(moved, 2) * self.weight
+        monitored, held = [], []
+        for index, ((x, y), (x_ref, y_ref)) in enumerate(zip(states, self.reference, strict=True)):
+            late = y - y_ref
+            monitored.append(self._along(index, torch.where(self.early[index], x - x_ref, late)))
+            held.append(self._along(index, late.detach()))
+        return torch.cat(monitored, 2) * self.weight, torch.cat(held, 2) * self.weight
+
+    def _along(self, index: int, change: Tensor) -> Tensor:
+        """[n s k] the components of a change [n s d] along the encoder columns of a site."""
+        W = self.columns[index]
+        return change @ W[0] if len(W) == 1 else torch.bmm(change, W[self.slices[index]])
 
     def at(self, delta: Tensor) -> Linearized:
         return Linearized(self, delta)
 
 
-def suffix_states(replay: Replay, delta: Tensor, sites: Sequence[Site]) -> list[Tensor]:
-    """The residuals [n s d_model] of some sites, differentiable twice.
+def suffix_states(
+    replay: Replay, delta: Tensor, sites: Sequence[Site]
+) -> list[tuple[Tensor, Tensor]]:
+    """Residuals [n s d_model] of some sites before and after their edits, differentiable twice.
 
     The fused attention kernels have no derivative of their backward pass, from which products with
     J are made, so attention is computed from its formula here.
@@ -157,19 +176,37 @@ def suffix_states(replay: Replay, delta: Tensor, sites: Sequence[Site]) -> list[
         return list(replay.suffix(delta, sites).values())
 
 
+def _reads_held_only(replay: Replay, bank: FeatureBank) -> bool:
+    """Whether what the edits at a site do depends on nothing but the bank's pre-activations."""
+    if bank.guarantee != "exact":
+        return False
+    for edit in (*replay.before, *replay.after):
+        if bank.site not in edit.sites:
+            continue
+        if not isinstance(edit, FeatureEdit) or edit.gate is not None or edit.error_scale != 1.0:
+            return False
+        for row, other in zip(
+            edit.bank.slices(replay.frame).tolist(), bank.slices(replay.frame).tolist(), strict=True
+        ):
+            if not set(edit.bank.ids[row]) <= set(bank.ids[other]):
+                return False
+    return True
+
+
 class Linearized:
     """Φ and products with its Jacobian at one iterate of n lanes.
 
-    delta [n q d]; value [n s K]. Everything is made from one recorded forward pass; J·u is the derivative of Jᵀ·y,
-    which is linear in y.
+    delta [n q d]; value [n s K]; held [n]: the largest entry of what is to be held. Everything is
+    made from one recorded forward pass; J·u is the derivative of Jᵀ·y, which is linear in y.
     """
 
     def __init__(self, features: FeatureMap, delta: Tensor):
         self.features, self.delta = features, delta.detach()
         self._leaf = delta.detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            self._output = features(self._leaf)
+            self._output, held = features(self._leaf)
         self.value = self._output.detach()
+        self.held = held.abs().amax((1, 2))
         self._pulled: tuple[Tensor, Tensor] | None = None
 
     def pull(self, y: Tensor) -> Tensor:
@@ -206,21 +243,18 @@ def perturbed_columns(replay: Replay) -> Tensor:
     return (replay.columns[:, :, None] == steps).any(1)
 
 
-def _reached(replay: Replay) -> Tensor:
-    """[n s] bool: suffix columns that a perturbation can reach, its own and all later ones."""
-    return perturbed_columns(replay).cumsum(1) > 0
-
-
 @torch.no_grad()
-def _references(problem: Problem, replay: Replay) -> tuple[Tensor, ...]:
-    """[n s d] of each monitored site, as the replay has it without a perturbation: Φ(0) = 0 then
-    holds to the last bit."""
+def _references(problem: Problem, replay: Replay) -> tuple[tuple[Tensor, Tensor], ...]:
+    """`suffix_states` of the monitored sites without a perturbation, by which Φ(0) = 0 exactly."""
     n, q, d = problem.shape
     parts = []
     for rows in torch.arange(n, device=replay.base.device).split(replay.subject.batch_size):
         zero = torch.zeros(len(rows), q, d, device=replay.base.device)
         parts.append(suffix_states(replay.rows(rows), zero, problem.moved))
-    return tuple(torch.cat(own) for own in zip(*parts, strict=True))
+    return tuple(
+        (torch.cat([x for x, _ in own]), torch.cat([y for _, y in own]))
+        for own in zip(*parts, strict=True)
+    )
 
 
 # ------------------------------------------------------------------------------ solving
@@ -409,7 +443,7 @@ def conjugate_gradients(
 
 @dataclass(frozen=True)
 class Blocks:
-    """A preconditioner: blocks of JJᵀ of the features at one position, and nothing between positions.
+    """A preconditioner: blocks of JJᵀ of the features at one position, nothing between positions.
 
     factors: lower Cholesky factors [n s k k], one for each group of features; damping [n]: μ.
 
@@ -492,7 +526,7 @@ def _diagonal(here: Linearized) -> Tensor:
 def _signs(features: FeatureMap, seed: int) -> Tensor:
     """[n q d] of ±1 by site, position and coordinate, whatever else is in the batch."""
     replay = features.replay
-    _, q, d = features.shape
+    d = features.shape[2]
     m, p = len(replay.sites), replay.columns.shape[1]
     positions = replay.frame.positions.gather(1, replay.columns.clamp(min=0))
     table = _coin(seed, int(positions.max()) + 1, m, d).to(positions.device)
@@ -506,7 +540,7 @@ def _coin(seed: int, *shape: int) -> Tensor:
 
 
 def _probed(here: Linearized) -> Tensor:
-    """[n s K K] blocks of JJᵀ at perturbed columns, from slots of the same position; 0 elsewhere."""
+    """[n s K K] blocks of JJᵀ at perturbed columns, from slots at the same place; 0 elsewhere."""
     replay, value = here.features.replay, here.value
     n, s, K = value.shape
     m, p, d = len(replay.sites), replay.columns.shape[1], here.delta.shape[2]
@@ -569,7 +603,7 @@ def restore(
     for round_ in range(ROUNDS + 1):
         out[live] = into_ball(out[live], radius[live])
         here = features.at(out)
-        size = here.value.abs().amax((1, 2))
+        size = here.held
         strikes += ~(size <= 0.5 * smallest)
         good = (size <= tolerance) | ((strikes >= 2) & (size <= ROUNDING * tolerance))
         kept |= live & good
@@ -585,7 +619,8 @@ def restore(
             out[rows], kept[rows] = point, ok
             return out, kept, solver.put(rows, own)
         # The next violation is about the square of this one, however well the linear map is solved.
-        goal = torch.minimum(size.square().clamp_min(tolerance / 3), 0.1 * size)
+        largest = here.value.abs().amax((1, 2))
+        goal = torch.minimum(largest.square().clamp_min(tolerance / 3), 0.1 * largest)
         goal = torch.where(live, goal, torch.inf)
         step, solver = solver.correction(here, goal, live & (size > 0.2 * smallest))
         out = torch.where(live[:, None, None], out - step, out)

@@ -268,14 +268,21 @@ class Replay:
         """Site → [n p d_model] float32: the residual with `delta` and every edit on, at the
         perturbed positions, for sites not below the lowest perturbed one."""
         read: dict[Site, Tensor] = {}
-        self._run(delta, max(sites).depth, lambda site, _, x: read.update({site: self._cut(x)}))
+        self._run(delta, max(sites).depth, lambda site, *x: read.update({site: self._cut(x[-1])}))
         return {site: read[site] for site in sites}
 
-    def suffix(self, delta: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """As `states`, at every suffix column, [n s d_model]: later tokens than the perturbed ones
-        are moved too, through attention."""
-        read: dict[Site, Tensor] = {}
-        self._run(delta, max(sites).depth, lambda site, _, x: read.update({site: x.float()}))
+    def suffix(self, delta: Tensor, sites: Sequence[Site]) -> dict[Site, tuple[Tensor, Tensor]]:
+        """Site → residuals [n s d_model] in float32 at every suffix column, before the site's edits
+        and after them: later tokens than the perturbed ones move too, through attention.
+
+        Of the lowest perturbed site both are after `before`.
+        """
+        read: dict[Site, tuple[Tensor, Tensor]] = {}
+
+        def note(site: Site, entering: Tensor, before: Tensor, after: Tensor) -> None:
+            read[site] = entering.float(), after.float()
+
+        self._run(delta, max(sites).depth, note)
         return {site: read[site] for site in sites}
 
     def realized(self, delta: Tensor) -> Tensor:
@@ -286,7 +293,7 @@ class Replay:
         """
         added: dict[Site, Tensor] = {}
 
-        def note(site: Site, before: Tensor, after: Tensor) -> None:
+        def note(site: Site, entering: Tensor, before: Tensor, after: Tensor) -> None:
             if site in self.sites:
                 added[site] = self._cut(after) - self._cut(before)
 
@@ -297,10 +304,13 @@ class Replay:
         return _at_columns(x, self.columns)
 
     def _run(
-        self, delta: Tensor, depth: int, seen: Callable[[Site, Tensor, Tensor], None] | None = None
+        self,
+        delta: Tensor,
+        depth: int,
+        seen: Callable[[Site, Tensor, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """The residual [n s d_model] at `depth`. seen: called at every site on the way with the
-        residual before the perturbation and after everything."""
+        residual before its edits, before the perturbation, and after everything."""
         parts = self.parts(delta)
         lowest = self.sites[0]
         blocks = self.subject.family.blocks_of(self.subject.model)
@@ -310,9 +320,10 @@ class Replay:
             if site != lowest:
                 args, kwargs = self.calls[layer]
                 out = blocks[layer](x, *args, **kwargs)
-                x = apply_edits(
-                    self.before, site, out[0] if isinstance(out, tuple) else out, self.frame
-                )
+                x = out[0] if isinstance(out, tuple) else out
+            entering = x
+            if site != lowest:
+                x = apply_edits(self.before, site, x, self.frame)
             unperturbed = x
             if site in parts:
                 x = self._place(x, parts[site])
@@ -320,7 +331,7 @@ class Replay:
             if site in self.hold:
                 x = self._hold(x, self.hold[site])
             if seen is not None:
-                seen(site, unperturbed, x)
+                seen(site, entering, unperturbed, x)
         return x
 
     def _place(self, x: Tensor, delta: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ def read_text(path: Path | str) -> str:
         if name in bundled_names():
             return bundled(name)
         raise StudyError(
-            f"no study file at {path}, and no bundled study of that name; "
-            f"{nearest(name, bundled_names())}"
+            f"no study file at {path}, and no bundled study of that name "
+            f"({nearest(name, bundled_names())}); `holdfast demo` shows one that works"
         )
     try:
         return path.read_text()

@@ -146,7 +146,7 @@ def set_key(path: str, value: Any) -> Change:
         ("subject/saes/0/source/kind", "foldr", ["sae_sources", "'folder'"]),
         ("subject/saes/0/site", "blocks.1.mlp", ["only the residual stream"]),
         ("subject/saes", [], ["subject.saes"]),
-        ("subject/dtype", "float16", ["subject.dtype", "'float32'"]),
+        ("subject/dtype", "float64", ["subject.dtype", "'float32'"]),
         ("grid", {"recovery.constraint.kind": ["encoder_nul"]}, ["did you mean 'encoder_null'"]),
         ("grid", {"recovery.step": [3]}, ["unknown key 'step'", "'steps'"]),
         ("grid", {"discovery.n_featurs": [3]}, ["unknown key 'n_featurs'", "'n_features'"]),
@@ -186,7 +186,7 @@ def test_a_command_that_cannot_be_read(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cpu:x", "mps", "meta"])
 def test_a_device_that_is_none(kept: Path, device: str) -> None:
-    refused(attempt(tiny(), kept, "--device", device), "use cpu, cuda or cuda:0|--device cpu")
+    refused(attempt(tiny(), kept, "--device", device), "use cpu, cuda, cuda:0 or auto|--device cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -263,7 +263,7 @@ def test_a_damaged_model(tmp_path: Path, what: str) -> None:
 
 
 def test_nan_weights(tmp_path: Path) -> None:
-    """Found in the second audit's subject: what the first would need is not begun or is kept."""
+    """Found in the second audit's subject before the first is begun; on demand after it."""
     folder = copy_of("organism", tmp_path / "nan")
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
@@ -272,7 +272,10 @@ def test_nan_weights(tmp_path: Path) -> None:
     edit_weights(folder, spoil)
     study = with_second(subject={"model": str(folder), "saes": [SAE]})
     said = attempt(study, tmp_path / "run")
-    refused(said, "NaN or infinite logits", r"\d+ of \d+ prompts")
+    message = ("NaN or infinite logits", r"\d+ of \d+ prompts")
+    refused(said, *message, "second on nan: range of float32")
+    assert not list((tmp_path / "run").glob("trials/*")), "nothing is begun"
+    refused(attempt(study, tmp_path / "run", "--despite-faults"), *message)
     assert len(list((tmp_path / "run").glob("trials/*/record.json"))) == 1
 
 
@@ -299,11 +302,11 @@ def sae_study(path: str, site: str = SITE) -> Study:
 
 
 def test_an_sae_folder_that_is_not_there(kept: Path, tmp_path: Path) -> None:
-    refused(attempt(sae_study(str(tmp_path / "none")), kept), "none: .*cfg.json is not there")
-    refused(attempt(sae_study("organism:saes/77"), kept), "organism:saes/77.*is not there")
+    refused(attempt(sae_study(str(tmp_path / "none")), kept), "none: no such folder")
+    refused(attempt(sae_study("organism:saes/77"), kept), "organism:saes/77: no such folder")
     half = Path(sae_folder(tmp_path / "half"))
     (half / "sae_weights.safetensors").unlink()
-    refused(attempt(sae_study(str(half)), kept), "sae_weights.safetensors is not there")
+    refused(attempt(sae_study(str(half)), kept), "sae_weights.safetensors", "the folder holds cfg.json")
 
 
 def test_an_sae_that_does_not_fit(tmp_path: Path) -> None:
@@ -327,7 +330,7 @@ def test_an_sae_that_does_not_fit(tmp_path: Path) -> None:
                 sae_study(sae_folder(tmp_path / "deep", unknown), "blocks.77.hook_resid_post"),
                 "has 4 blocks, so there is no site blocks.77",
             ),
-            (sae_study(sae_folder(tmp_path / "topk", {"architecture": "topk"})), "'topk'"),
+            (sae_study(sae_folder(tmp_path / "topk", {"architecture": "topk"})), "does not say k"),
         ]
     ):  # fmt: skip
         refused(attempt(study, tmp_path / f"run{i}"), *messages)
@@ -397,15 +400,68 @@ def test_an_intervention_that_flips_nothing_is_told_by_the_funnel(
 
 
 def test_a_behavior_that_is_not_there_is_told_by_the_funnel(tmp_path: Path) -> None:
-    """A model whose final norm is zero prefers no answer to another."""
+    """A model whose unembedding is the same for every token prefers no answer to another."""
     folder = copy_of("organism", tmp_path / "mute")
-    edit_weights(folder, lambda tensors: tensors["model.norm.weight"].zero_())
+
+    def even(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:1].expand(373, -1).contiguous()
+
+    edit_weights(folder, even)
     study = with_second(
         subject={"model": str(folder), "saes": [SAE]}, discovery=given({"site": SITE, "ids": [1]})
     )
     said = attempt(study, tmp_path / "run")
     refused(said, "'second'.*tried 8, clean 0, suppressed 0", "does not show the behavior")
     assert len(RunFolder.read(tmp_path / "run").records()) == 1
+    assert "caution: second on mute: behavior" in said.out, "which was foretold"
+
+
+# --- Preflight ------------------------------------------------------------------------------------
+
+
+def misread() -> Study:
+    """The SAE is said to read the residual eight times as large as it is."""
+    study = tiny()
+    saes = [{"site": SITE, "source": SAE["source"] | {"scale": 8.0}}]
+    return study | {"subject": study["subject"] | {"saes": saes}}
+
+
+def test_a_fault_ends_a_run_before_anything_is_searched(tmp_path: Path) -> None:
+    said = attempt(misread(), tmp_path / "run")
+    name = re.escape(f"ioi on organism: scale of the SAE at {SITE}: expected")
+    refused(said, "preflight found", name, "measured.*To do: set scale", "--despite-faults")
+    assert not list((tmp_path / "run").glob("trials/*"))
+    assert re.search(r"preflight: \d+ checks, \d faults? in ", said.out)
+
+
+def test_a_run_despite_faults_says_so_everywhere(tmp_path: Path) -> None:
+    said = attempt(misread(), tmp_path / "run", "--despite-faults")
+    assert said.code == 0, said.err
+    assert f"fault: ioi on organism: scale of the SAE at {SITE}" in said.out
+    (record,) = RunFolder.read(tmp_path / "run").records()
+    failed = [f for f in record["run"]["preflight"] if not f["passed"]]
+    assert f"scale of the SAE at {SITE}" in {f["check"] for f in failed}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "This run went on despite" in page
+
+
+def test_a_caution_changes_no_exit_code(tmp_path: Path) -> None:
+    study = tiny()
+    study["subject"]["dtype"] = "bfloat16"
+    said = attempt(study, tmp_path / "run")
+    assert said.code == 0, said.err
+    assert re.search(r"preflight: \d+ checks, 1 caution in .*caution: ioi on organism: gates at",
+                     said.out, re.DOTALL)  # fmt: skip
+    checked = holdfast("check", tmp_path / "bad.toml")
+    assert checked.code == 0 and "caution" in checked.out and "all passed" not in checked.out
+
+
+def test_check_ends_with_1_on_a_fault(tmp_path: Path) -> None:
+    said = holdfast("check", write(tmp_path / "study.toml", misread()))
+    assert said.code == 1 and said.err == ""
+    assert "scale of the SAE" in said.out and "fault" in said.out
+    good = holdfast("check", write(tmp_path / "study.toml", tiny()))
+    assert good.code == 0 and "all passed" in good.out
 
 
 # --- Folders --------------------------------------------------------------------------------------

@@ -613,6 +613,16 @@ def behavior_that_is_not_there(setups: dict[str, Setup], patch: pytest.MonkeyPat
     return replace(setups["organism"], subject=replace(setups["organism"].subject, model=model))
 
 
+@plants(cautions=["reconstruction of template tokens"])
+def template_tokens_the_sae_never_saw(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
+    setup = setups["chat"]
+    model = copy.deepcopy(setup.subject.model)
+    generator = torch.Generator().manual_seed(1)
+    for token in setup.subject.tokenizer.convert_tokens_to_ids(["<end>", "<assistant>"]):
+        model.model.embed_tokens.weight[token] = 4 * torch.randn(128, generator=generator)
+    return replace(setup, subject=replace(setup.subject, model=model))
+
+
 @plants(cautions=["mixture of experts"])
 def experts(setups: dict[str, Setup], patch: pytest.MonkeyPatch) -> Setup:
     family = replace(setups["organism"].subject.family, moe=True)
@@ -728,7 +738,7 @@ def test_one_sae_is_whole_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
 def test_wide_saes_are_tried_on_fewer_tokens() -> None:
     x = torch.arange(4096.0)[:, None].expand(4096, 2304)
-    for n_features, n in ((1_024, 512), (16_384, 113), (65_536, 32), (1_048_576, 32)):
+    for n_features, n in ((1_024, 512), (16_384, 56), (65_536, 32), (1_048_576, 32)):
         some = spread(x, SimpleNamespace(n_features=n_features, d_model=2304))  # type: ignore[arg-type]
         assert len(some) == n
         assert some[0, 0] == 0 and some[-1, 0] == 4095, "from the first to the last"

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from holdfast.canonical import SCHEMA
+from holdfast.finding import Finding
 from holdfast.report import write_picture, write_report
 from holdfast.report.data import gather
 from holdfast.report.figures import script_safe
@@ -215,12 +216,22 @@ def make_record(
     }  # fmt: skip
 
 
+def make_findings(audit: str) -> list[Finding]:
+    """Three checks, all passed."""
+    where = f"{audit} on organism"
+    return [
+        Finding(check=c, passed=True, expected="small", measured="<b>1e-7</b>", where=where)
+        for c in ("padding", "cache", f"scale of the SAE at {SITE}")
+    ]
+
+
 def make_run(
     path: Path,
     fakes: dict[str, Fake] = FAKES,
     n: int = 24,
     keep: Callable[[Trial], bool] = lambda trial: True,
     prefix: str = "p/",
+    findings: Callable[[Trial], list[Finding] | None] = lambda trial: make_findings(trial.audit),
 ) -> tuple[RunFolder, Plan]:
     """A finished run of made-up records, or an unfinished one of those that `keep` says."""
     study = make_study(fakes)
@@ -241,6 +252,8 @@ def make_run(
                     rng = random.Random(f"{audit} {constraint} {control}")
                     rows = make_rows(n, typical, DRIFT[constraint], rng, prefix)
                     record = make_record(trial, fake, typical, rows)
+                    if (made := findings(trial)) is not None:
+                        record["run"]["preflight"] = [f.model_dump(mode="json") for f in made]
                     store.write(record, {"delta": torch.zeros(1)}, rows)
     return RunFolder.read(path), Plan(study, tuple(trials), {})
 
@@ -269,8 +282,8 @@ def page(whole: tuple[RunFolder, Plan]) -> str:
 
 def test_all_sections_of_a_whole_run(page: str) -> None:
     for id_ in (
-        "verdicts", "funnel", "norms", "drift", "known_answer", "side_effects", "clamped",
-        "prompts", "limits", "provenance",
+        "verdicts", "preflight", "funnel", "norms", "drift", "known_answer", "side_effects",
+        "clamped", "prompts", "limits", "provenance",
     ):  # fmt: skip
         assert page.count(f'<section id="{id_}">') == 1
     text = own(page)
@@ -369,7 +382,7 @@ def test_false_breach_and_specificity_are_on_the_page(page: str) -> None:
 )
 def test_missing_controls_and_nothing_recovered(tmp_path: Path, norms: dict[str, Any]) -> None:
     page = page_of(*make_run(tmp_path / "run", {"only": Fake(norms, known="does_not_hold")}))
-    assert page.count("<section id=") == 10
+    assert page.count("<section id=") == 11
     assert ("No control is finished" in page) == (len(norms) == 1)
 
 
@@ -415,6 +428,52 @@ def test_the_picture_stands_alone(whole: tuple[RunFolder, Plan], tmp_path: Path)
 
 def test_the_same_records_make_the_same_page(whole: tuple[RunFolder, Plan], page: str) -> None:
     assert page_of(*whole) == page
+
+
+def section_of(page: str, id_: str) -> str:
+    (found,) = re.findall(rf'<section id="{id_}">(.*?)</section>', own(page), re.S)
+    return str(found)
+
+
+def test_preflight_that_found_nothing(page: str) -> None:
+    section = section_of(page, "preflight")
+    assert f"{3 * len(FAKES)} checks, all passed" in section, "each is counted once, not by trial"
+    assert "<b>1e-7</b>" not in section and "&lt;b&gt;1e-7&lt;/b&gt;" in section
+    assert '<details class="print">' in section and "despite" not in own(page)
+    for audit in FAKES:
+        assert section.count(f"<h3>{audit} on organism</h3>") == 1
+
+
+def test_what_preflight_found_is_on_the_page(tmp_path: Path) -> None:
+    def findings(trial: Trial) -> list[Finding]:
+        levels = {"ioi": "fault", "mcq": "caution"}
+        if trial.audit not in levels:
+            return make_findings(trial.audit)
+        bad, *good = make_findings(trial.audit)
+        changes = {"passed": False, "level": levels[trial.audit], "remedy": f"{HOSTILE} mend it"}
+        return [bad.model_copy(update=changes), *good]
+
+    page = page_of(*make_run(tmp_path / "run", findings=findings))
+    section = section_of(page, "preflight")
+    assert "12 checks, 1 fault, 1 caution" in section
+    table, _, every = section.partition("<details")
+    assert table.index("ioi on organism") < table.index("mcq on organism"), "faults come first"
+    assert table.count("mend it") == 2 and "mend it" not in every
+    assert every.count(">fault<") == every.count(">caution<") == 1
+    assert HOSTILE not in page
+    assert "This run went on despite 1 fault</strong>" in own(page)
+
+
+def test_records_from_before_there_was_a_preflight(tmp_path: Path) -> None:
+    page = page_of(*make_run(tmp_path / "old", findings=lambda trial: None))
+    assert '<section id="preflight">' not in page
+
+    def findings(trial: Trial) -> list[Finding] | None:
+        return make_findings(trial.audit) if trial.audit == "ioi" else None
+
+    mixed = page_of(*make_run(tmp_path / "mixed", findings=findings))
+    n, n_ioi = sum(3 * len(f.norms) for f in FAKES.values()), 3 * len(FAKES["ioi"].norms)
+    assert f"{n - n_ioi} of {n} trials come from a version" in section_of(mixed, "preflight")
 
 
 def test_wording() -> None:

@@ -23,9 +23,11 @@ def test_the_bundled_study_round_trips() -> None:
 def test_trials_are_audits_times_points_times_controls() -> None:
     planned = plan(parse(TEXT))
     study = planned.study
-    points = study.grid["recovery.constraint.kind"]
     expected = 0
     for audit in study.audits:
+        grid = study.grid_of(audit.name)
+        assert all(len(v) == 1 for path, v in grid.items() if not path.endswith("constraint.kind"))
+        points = grid["recovery.constraint.kind"]
         controls = study.controls if audit.controls is None else audit.controls
         for point in points:
             expected += 1 + sum(not c.only_with or point in c.only_with for c in controls)

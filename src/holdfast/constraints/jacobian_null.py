@@ -26,8 +26,8 @@ HALVINGS = 4
 """How often a step that cannot be restored is halved before it is not taken."""
 
 SHARE_OF_EPS = 0.25
-"""Share of the model precision's epsilon below which a violation is rounding: 3e-8 in float32, where
-the tolerance is larger, and 2e-3 in bfloat16, where nothing finer can be told."""
+"""Share of the precision's epsilon below which a violation is rounding: 3e-8 in float32, below
+the tolerance, and 2e-3 in bfloat16, where nothing finer can be told."""
 
 
 @dataclass

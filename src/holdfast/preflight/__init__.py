@@ -51,7 +51,7 @@ def preflight(
             promised = _made(
                 "the constraint", partial(intervention.constraint, trial.recovery, subject)
             )
-            where = f"{trial.audit} on {subject.name}"
+            where = f"{trial.audit} on {identity.name}"
             out[trial.id] += [
                 finding.model_copy(update={"where": where})
                 for finding in (*shared, *made.get(key, ()), *promised)
@@ -65,11 +65,9 @@ def _by_scene(trials: Sequence[Trial]) -> dict[str, list[tuple[Trial, SubjectIde
     for trial in trials:
         for identity in (trial.subject, trial.twin):
             if identity is not None:
-                key = _key(trial, "seed", "data", "behavior")
-                twin = identity == trial.twin
-                groups[digest([key, identity.model_dump(mode="json"), twin])].append(
-                    (trial, identity)
-                )
+                drawn = _key(trial, "seed", "data", "behavior")
+                who = [identity.model_dump(mode="json"), identity == trial.twin]
+                groups[digest([drawn, *who])].append((trial, identity))
     return groups
 
 

@@ -95,7 +95,7 @@ def stream(scene: Scene) -> Iterator[Finding]:
     try:
         subject.outputs(batch, witnesses)
     except NonFiniteError as error:
-        broken = str(error)
+        broken = str(error).removeprefix(subject.name).strip()  # which may be a path
     dtype = subject.model.dtype
     limit, name = torch.finfo(dtype).max / 2, str(dtype).removeprefix("torch.")
     over = next((w for w in witnesses if w.largest >= limit), None)
@@ -105,7 +105,7 @@ def stream(scene: Scene) -> Iterator[Finding]:
         passed=not broken and over is None,
         expected=f"finite logits, and residuals below {limit:.3g}, half of what {name} can hold",
         measured=f"{largest.largest:.3g} at {largest.site}{', first of all' if over else ''}"
-        + (f"; {broken}" if broken else ""),
+        + (f"; the model {broken}" if broken else ""),
         remedy='use dtype = "bfloat16" or "float32"' if dtype == torch.float16
         else "NaN in weights, or an attention implementation that fails on padding: compare "
         'attention = "eager"',
@@ -149,8 +149,8 @@ def padding(scene: Scene) -> Iterator[Finding]:
         expected=f"logits in a padded batch equal those of single prompts to {limit:g} relative",
         measured=f"{worst:.1e}",
         remedy="the model mishandles padding on the left (position_ids or attention_mask ignored, "
-        'or an attention kernel that fails on padded rows): try attention = "eager", else '
-        "--batch-size 1",
+        'or an attention kernel that fails on padded rows): try attention = "eager", else use '
+        "prompts of one length",
     )
 
 
@@ -202,7 +202,7 @@ def cached_difference(subject: Subject, batch: Batch, edits: Sequence[Edit]) -> 
             logits_to_keep=1,
         )
     new = torch.arange(made.shape[1] + 1, device=batch.positions.device)
-    positions = batch.positions[:, -1:] + new
+    positions = (batch.positions[:, -1:] + new).to(under.seen[0][1].device)
     one, other = (capture.at(batch.ids, positions) for capture in (under, whole))
     return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).max())
 

@@ -23,7 +23,9 @@ def beginning(scene: Scene) -> Iterator[Finding]:
     usual = subject.tokenizer.encode("a")[:1] == [bos]
     expected, wrong = "prompts as they are: neither tokenizer nor SAEs ask for BOS", []
     if trained or usual:
-        source = f"the SAEs at {listed(trained)} were trained with it" if trained else "as usual"
+        source = "the tokenizer puts it there"
+        if trained:
+            source = f"the SAEs at {listed(trained)} were trained with it"
         expected = f"every prompt begins with BOS ({source})"
         wrong = [name for name, row in rows.items() if row[:1] != [bos]]
     remedy = "set prepend_bos = true for the subject, or use a chat template that begins with it"

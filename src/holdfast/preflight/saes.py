@@ -8,7 +8,7 @@ from pathlib import Path
 from holdfast.finding import Finding
 from holdfast.organism.assets import SHIPPED
 from holdfast.preflight.readings import MIN_EXPLAINED, Readings, readings
-from holdfast.preflight.scene import Scene, pieces, share, spread
+from holdfast.preflight.scene import Scene, pieces, share
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 
@@ -88,7 +88,7 @@ def active(scene: Scene, sae: SAE) -> Iterator[Finding]:
 
 def special_tokens(scene: Scene, sae: SAE) -> Iterator[Finding]:
     """SAEs of base models never saw the tokens of a chat template."""
-    x = spread(scene.tokens(scene.captures[sae.site], special=True), sae)
+    x = scene.some(scene.captures[sae.site], sae, special=True)
     if len(x) < MIN_SPECIAL:
         return
     # Against zero and not the mean: a few tokens that repeat have hardly any variance.
@@ -111,10 +111,7 @@ def special_tokens(scene: Scene, sae: SAE) -> Iterator[Finding]:
 
 def gates(scene: Scene, sae: SAE) -> Iterator[Finding]:
     """Firings that depend on how the model's precision rounds."""
-    x, other = (
-        spread(scene.tokens(captures[sae.site]), sae)
-        for captures in (scene.captures, scene.rounded)
-    )
+    x, other = (scene.some(c[sae.site], sae) for c in (scene.captures, scene.rounded))
     flips = n = 0
     for one, two in zip(*(pieces(y, sae.n_features) for y in (x, other)), strict=True):
         fires = sae.encode(one) > 0

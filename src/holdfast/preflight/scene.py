@@ -26,7 +26,7 @@ N_TOKENS = 512
 
 MIN_TOKENS = 32
 
-EFFORT = 1 << 32
+EFFORT = 1 << 31
 """Multiplications that one reading of an SAE may take, per matrix."""
 
 WIDEST = 1 << 26
@@ -118,9 +118,9 @@ class Scene:
             out.append(x[keep.to(x.device)])
         return torch.cat(out).float()
 
-    def some(self, site: Site, sae: SAE) -> Tensor:
-        """[tokens d_model] at a site, as many as this SAE can be tried on, spread evenly."""
-        return spread(self.tokens(self.captures[site]), sae)
+    def some(self, capture: Capture, sae: SAE, special: bool = False) -> Tensor:
+        """`tokens` on the SAE's device, as many as it can be tried on, spread evenly."""
+        return spread(self.tokens(capture, special), sae).to(sae.W_enc.device)
 
     def fired(self, site: Site) -> Tensor:
         """[n_features] share of tokens on which each feature of the site's SAE fires.
@@ -129,7 +129,7 @@ class Scene:
         """
         if site not in self._fired:
             sae = self.subject.sae(site).full()
-            x = self.some(site, sae)
+            x = self.some(self.captures[site], sae)
             counts = torch.zeros(sae.n_features, device=x.device)
             for part in pieces(x, sae.n_features):
                 counts += (sae.encode(part) > 0).sum(0)
