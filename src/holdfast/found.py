@@ -113,6 +113,7 @@ def result_of(found: Found) -> dict[str, Any]:
             "firings_kept_mean": float(checks.firings_kept.nanmean()),
             "displacement_mean": float(checks.displacement.nanmean()),
             "gate_flips": int(checks.gate_flips.sum()),
+            "gate_margin_min": float(checks.gate_margin.min()),
             "n_overtaken": int((checks.overtaken > 0).sum()),
             "rounding_floor_mean": float(checks.rounding_floor.mean()),
             "rounding_floor_max": float(checks.rounding_floor.max()),

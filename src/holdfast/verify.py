@@ -42,10 +42,12 @@ class Checks:
     drift_assigned: ‖z_S − c_S‖ of the recovered state, clamp_mismatch the same of the suppressed
     one (decoder rows overlap, so a clamp does not re-encode to what it set). firings_kept: share of
     the features that fired before the clamp in the reference which still do. displacement: norm of
-    what the clamp adds, relative to the reference. gate_flips: features that turned on or off.
+    what the clamp adds, relative to the reference. gate_flips: features that turned on or off;
     overtaken: of these, those of a TopK, whose own pre-activation did not have to move.
-    undo_cosine: cosine of the perturbation with the clamp's displacement taken back; decoder_share:
-    share of the perturbation's squared norm in the span of the held decoder rows.
+    gate_margin: smallest distance of a held pre-activation from what decides whether it fires (a threshold, the
+    k-th value of a TopK), in the units of preactivation_drift.
+    undo_cosine: cosine of the perturbation with the clamp's displacement taken back.
+    decoder_share: share of the perturbation's squared norm in the span of the held decoder rows.
     rounding_floor: the preactivation_drift of random vectors in the encoder's null space, of the
     same norm, that have only been rounded to the model's precision: no exact constraint can be
     expected to do better.
@@ -66,6 +68,7 @@ class Checks:
     firings_kept: Tensor
     displacement: Tensor
     gate_flips: Tensor
+    gate_margin: Tensor
     overtaken: Tensor
     undo_cosine: Tensor
     decoder_share: Tensor
@@ -137,6 +140,7 @@ def verify(
         firings_kept=torch.where(fired > 0, kept / fired, nan),
         displacement=torch.where(displaced > 0, total.displaced_now.sqrt() / displaced, nan),
         gate_flips=total.flips,
+        gate_margin=-total.closeness,
         overtaken=total.overtaken,
         undo_cosine=undo,
         decoder_share=decoder,
@@ -203,6 +207,7 @@ class _Features:
     drift: Tensor
     drift_absolute: Tensor
     elsewhere: Tensor
+    closeness: Tensor
     code: Tensor
     fallen: Tensor
     change: Tensor
@@ -220,7 +225,7 @@ class _Features:
     @classmethod
     def sum(cls, sites: Sequence[_Features]) -> _Features:
         """Largest drifts, and sums of everything else."""
-        largest = ("drift", "drift_absolute", "elsewhere", "code", "fallen")
+        largest = ("drift", "drift_absolute", "elsewhere", "closeness", "code", "fallen")
         stacked = {name: torch.stack([getattr(s, name) for s in sites]) for name in vars(sites[0])}
         return cls(**{n: v.amax(0) if n in largest else v.sum(0) for n, v in stacked.items()})
 
@@ -242,6 +247,7 @@ def _at_site(
     moved = torch.where(valid, moved, 0.0)
 
     z_ref, z_rec = bank.activations(h_ref, frame), bank.activations(h_rec, frame)
+    p_rec, limit = bank.preactivations(h_rec, frame), bank.limits(h_rec, frame)
     n_held = bank.valid.sum(1)[rows].double()
     median = torch.as_tensor(
         [median_active.get(group, median_active.get(EVERY_GROUP)) or 0.0 for group in frame.groups],
@@ -264,6 +270,7 @@ def _at_site(
         drift=(moved / scale).amax((1, 2)),
         drift_absolute=moved.amax((1, 2)),
         elsewhere=_elsewhere(bank, frame, reference.whole, recovered.whole, positions),
+        closeness=torch.where(valid, -(p_rec - limit).abs() / scale, -torch.inf).amax((1, 2)),
         code=(torch.where(valid, (z_rec - z_ref).abs(), 0.0) / scale).amax((1, 2)),
         fallen=(torch.where(valid, (z_ref - z_rec).clamp_min(0), 0.0) / scale).amax((1, 2)),
         change=_square(torch.where(here, z_rec - z_ref, 0.0)),

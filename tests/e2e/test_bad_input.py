@@ -306,7 +306,9 @@ def test_an_sae_folder_that_is_not_there(kept: Path, tmp_path: Path) -> None:
     refused(attempt(sae_study("organism:saes/77"), kept), "organism:saes/77: no such folder")
     half = Path(sae_folder(tmp_path / "half"))
     (half / "sae_weights.safetensors").unlink()
-    refused(attempt(sae_study(str(half)), kept), "sae_weights.safetensors", "the folder holds cfg.json")
+    refused(
+        attempt(sae_study(str(half)), kept), "sae_weights.safetensors", "the folder holds cfg.json"
+    )
 
 
 def test_an_sae_that_does_not_fit(tmp_path: Path) -> None:

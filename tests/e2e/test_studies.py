@@ -33,7 +33,7 @@ FEWER = [
     "data.fit=24", "data.tune=24", "data.test=24", "recovery.steps=8", "recovery.refine_steps=4",
     "recovery.doublings=1", 'grid."recovery.constraint.kind"=["encoder_null"]',
 ]  # fmt: skip
-PLACES = ("garden library market station museum river bakery bridge ring letter basket ladder map")
+PLACES = "garden library market station museum river bakery bridge ring letter basket ladder map"
 
 
 def byte_pairs(texts: Sequence[str], special: dict[str, str], bos_in_front: bool) -> Any:

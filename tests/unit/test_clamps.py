@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from holdfast.batch import Batch, Example, Frame
@@ -992,3 +993,35 @@ def test_what_the_parts_are_is_no_part_of_a_record() -> None:
     assert [part.entries[0].ids for part in features.parts] == [(1, 5), (5, 9)]
     assert features.model_dump(mode="json").keys() == {"entries", "source"}
     assert features.entries[0].ids == (1, 5, 9), "a feature of both is named once"
+
+
+@pytest.mark.parametrize("mode", ["set", "set_where_active", "add", "floor", "ceiling"])
+def test_values_in_units_of_a_unit_decoder(mode: Any) -> None:
+    """What a dashboard shows: the same clamp on the SAE with its decoder norms folded."""
+    from dataclasses import replace as changed
+
+    from holdfast.testing import random_sae, tiny_batch, tiny_subject
+
+    plain = random_sae(Site(2))
+    lengths = torch.linspace(0.5, 3.0, plain.n_features)
+    sae = changed(plain, W_dec=plain.W_dec * lengths[:, None])
+    folded = changed(
+        plain, W_enc=sae.W_enc * lengths, b_enc=sae.b_enc * lengths,
+        threshold=sae.threshold * lengths,
+    )  # fmt: skip
+    subject = tiny_subject(sites=())
+    features = FeatureSet(
+        entries=(SiteFeatures(site=str(Site(2)), ids=(1, 5, 9, 40)),), source="test"
+    )
+    outputs = []
+    for one, units in ((sae, "unit_decoder"), (folded, "activation")):
+        own = changed(subject, saes={Site(2): one})
+        clamp = Clamp(mode=mode, value=2.5, units=units)
+        batch = tiny_batch(own, 6)
+        outputs.append(own.outputs(batch, clamp.edits(own, features)))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
+
+
+def test_units_need_a_mode_with_values_of_its_own() -> None:
+    with pytest.raises(ValidationError, match="has no units"):
+        Clamp(mode="multiply", value=2.0, units="unit_decoder")

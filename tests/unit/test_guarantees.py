@@ -131,3 +131,28 @@ def test_why_it_is_refused(subject: Subject, batch: Batch) -> None:
     same = FeatureBank.of(plain, some((1, 5, 9)))
     stayed = same.preactivations(h + v, frame) - same.preactivations(h, frame)
     assert stayed.abs().max() < 1e-4
+
+
+def test_the_margin_to_the_kth_value_says_when_a_topk_is_overtaken(
+    subject: Subject, batch: Batch
+) -> None:
+    """The distance to what decides is measured, and it is short where a push overtakes."""
+    sae = KINDS["TopK"]()
+    bank = FeatureBank.of(sae, some(range(4)))
+    positions = batch.prompt_length[:, None] - 1
+    frame = batch.frame()
+
+    def margin(scale: float) -> torch.Tensor:
+        push = torch.full((len(batch), 1, 32), scale)
+        perturbation = Perturbation(batch.ids, positions, {SITE: push})
+        return verify(
+            subject, batch, (), perturbation, {SITE: bank}, {SITE: {"*": 1.0}}, True
+        ).gate_margin
+
+    h = tiny_problem(subject, batch, bank).replay.residual()
+    p, all_p = bank.preactivations(h, frame), sae.preactivations(h)
+    top = all_p.topk(sae.k + 1, dim=-1).values
+    middle = top[..., -2:].mean(-1, keepdim=True).clamp_min(0)
+    length = bank.W_enc[0].norm(dim=0) * h.norm(dim=-1, keepdim=True)
+    expected = ((p - middle).abs() / length).amin((1, 2)).double()
+    torch.testing.assert_close(margin(0.0), expected, rtol=1e-4, atol=1e-6)

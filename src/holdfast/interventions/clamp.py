@@ -39,7 +39,9 @@ class Clamp(InterventionKind):
     `add` value; `floor` and `ceiling`: at least, at most value; `mean`: set to the feature's mean
     on the fit split; `max_scaled`: set to value times its maximum there. value: a number in the
     SAE's activation units (a factor for `multiply` and `max_scaled`, unused by `mean`), or several,
-    of which one is chosen on the tune split. features: those to clamp, instead of what discovery
+    of which one is chosen on the tune split. units: what value is
+    in, the SAE's own activations, or those it had if its decoder rows had norm 1, which dashboards
+    show. features: those to clamp, instead of what discovery
     finds. condition: act only where a feature is on. error_term: what becomes of `x − D(E(x))`:
     keep it, drop it (the clamped reconstruction is passed on), or scale it.
     """
@@ -51,6 +53,7 @@ class Clamp(InterventionKind):
     value: float | Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     positions: Where = "all"
     include_bos: bool = False
+    units: Literal["activation", "unit_decoder"] = "activation"
     features: tuple[SiteFeatures, ...] = ()
     condition: Condition | None = None
     error_term: Literal["keep", "drop"] | Scale = "keep"
@@ -62,6 +65,10 @@ class Clamp(InterventionKind):
                 "mode 'mean' takes its values from the fit split, so leave `value` out"
                 if self.mode == "mean"
                 else f"mode {self.mode!r} needs a `value`"
+            )
+        if self.units == "unit_decoder" and self.mode in ("multiply", "mean", "max_scaled"):
+            raise ValueError(
+                f"mode {self.mode!r} has no units: its values are multiples of what features do"
             )
         sites = {feature.site for feature in self.features}
         if self.condition is not None and len(sites) > 1:
@@ -145,7 +152,11 @@ class Clamp(InterventionKind):
         """One value for all features, or [g k] where the fit split gives each its own."""
         if self.mode not in ("mean", "max_scaled"):
             assert isinstance(self.value, float)
-            return self.value
+            if self.units == "activation":
+                return self.value
+            # A dashboard shows z·‖W_dec[i]‖: what SAELens calls the SAE with its norms folded.
+            length = bank.W_dec.norm(dim=2)
+            return torch.where(bank.valid, self.value / length.clamp_min(1e-30), 0.0)
         factor = 1.0 if self.mode == "mean" else self.value
         assert isinstance(factor, float)
         values = torch.zeros_like(bank.b_enc)
