@@ -44,8 +44,8 @@ class Checks:
     the features that fired before the clamp in the reference which still do. displacement: norm of
     what the clamp adds, relative to the reference. gate_flips: features that turned on or off;
     overtaken: of these, those of a TopK, whose own pre-activation did not have to move.
-    gate_margin: smallest distance of a held pre-activation from what decides whether it fires (a threshold, the
-    k-th value of a TopK), in the units of preactivation_drift.
+    gate_margin: smallest distance of a held pre-activation from what decides whether it fires (a
+    threshold, the k-th value of a TopK), in the units of preactivation_drift.
     undo_cosine: cosine of the perturbation with the clamp's displacement taken back.
     decoder_share: share of the perturbation's squared norm in the span of the held decoder rows.
     rounding_floor: the preactivation_drift of random vectors in the encoder's null space, of the

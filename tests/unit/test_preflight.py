@@ -25,7 +25,7 @@ from holdfast.behaviors.ioi import IOI as IOIKind
 from holdfast.canonical import digest
 from holdfast.edits import Capture
 from holdfast.errors import PreflightError
-from holdfast.executor import Runtime, load_lab
+from holdfast.executor import Runtime, load_lab, threads_for
 from holdfast.families import Family
 from holdfast.finding import Finding, tally
 from holdfast.loading import SubjectSpec
@@ -132,7 +132,8 @@ def checked(setup: Setup, **changes: Any) -> list[Finding]:
         } | changes
     )  # fmt: skip
     lab = Lab({digest(identity.model_dump(mode="json")): setup.subject})
-    return preflight(Plan(parse(bundled("demo")), (trial,), {}), lab)[trial.id]
+    with threads_for(lab, Runtime()):
+        return preflight(Plan(parse(bundled("demo")), (trial,), {}), lab)[trial.id]
 
 
 def failed(findings: Sequence[Finding]) -> dict[str, str]:
@@ -299,7 +300,8 @@ def demo() -> tuple[Plan, Lab]:
 
 def test_no_false_alarm_in_the_demo(demo: tuple[Plan, Lab]) -> None:
     """Every audit of the bundled study, and the twins of those that have one."""
-    made = preflight(*demo)
+    with threads_for(demo[1], Runtime()):
+        made = preflight(*demo)
     assert set(made) == {trial.id for trial in demo[0].trials}
     assert [f.sentence for found in made.values() for f in found if not f.passed] == []
     places = {f.where for found in made.values() for f in found}
