@@ -24,6 +24,11 @@ SITE = Site(2)
 IDS = (1, 5, 9, 30)
 
 
+# Operations on tiny tensors gain nothing from two threads, and wait long for one that is not
+# scheduled (docs/log.md).
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

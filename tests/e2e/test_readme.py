@@ -11,6 +11,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_the_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
