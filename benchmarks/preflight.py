@@ -11,8 +11,9 @@ from functools import partial
 from benchmarks.harness import BenchmarkError, Bound, Options, Result, timings
 from holdfast.executor import Runtime, load_lab, threads_for
 from holdfast.finding import Finding
+from holdfast.planning import plan
 from holdfast.preflight import preflight
-from holdfast.study import bundled, parse, plan
+from holdfast.study import bundled, parse
 
 SECONDS = 5.0
 WHOLE = "whole study"

@@ -21,9 +21,10 @@ from holdfast.ascent import Ascent, Climb, ascend
 from holdfast.attacks.residual import pose
 from holdfast.controls import Case
 from holdfast.executor import Runtime, load_lab
+from holdfast.planning import plan
 from holdfast.problem import Problem, relative_violation
 from holdfast.recovery import Recovery, RecoverySpec, recover
-from holdfast.study import bundled, parse, plan
+from holdfast.study import bundled, parse
 from holdfast.subspace import FeasibleSet, into_ball, norms
 from holdfast.trial import Lab, Trial
 

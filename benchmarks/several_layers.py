@@ -32,12 +32,13 @@ from holdfast.controls import Case
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.executor import Runtime, load_lab
 from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.planning import plan
 from holdfast.problem import Problem
 from holdfast.recovery import BACK, Recovery, recover
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
-from holdfast.study import parse, plan
+from holdfast.study import parse
 from holdfast.subject import Subject
 from holdfast.testing import random_sae, tiny_tokenizer
 from holdfast.trial import Trial

@@ -132,8 +132,9 @@ def check(
 ) -> None:
     """Look for mistakes before a run: model, SAEs, sites, splits, padding, cache."""
     from holdfast.executor import Runtime, load_lab, threads_for
+    from holdfast.planning import plan
     from holdfast.preflight import preflight
-    from holdfast.study import load, plan
+    from holdfast.study import load
     from holdfast.terminal import findings_table, working
 
     planned, runtime = plan(load(study, set_ or (), limit)), Runtime(device)
@@ -161,7 +162,8 @@ def export(
     """Write an audit's clamp to a file that runs on a plain transformers model."""
     from holdfast.executor import Runtime
     from holdfast.export import export_clamp
-    from holdfast.study import load, plan
+    from holdfast.planning import plan
+    from holdfast.study import load
     from holdfast.terminal import console, working
 
     planned = plan(load(study, set_ or ()))
@@ -332,9 +334,9 @@ def _run(
     despite_faults: bool,
 ) -> None:
     from holdfast.executor import Runtime
+    from holdfast.planning import plan
     from holdfast.report import write_report
     from holdfast.run import default_folder, open_run, run_study
-    from holdfast.study import plan
     from holdfast.terminal import note, progress, results_table, say_where
 
     planned = plan(study)

@@ -21,7 +21,7 @@ import torch
 from holdfast.attacks import TrialResult
 from holdfast.canonical import digest
 from holdfast.errors import DeviceError, EmptyValidSetError
-from holdfast.study import Plan
+from holdfast.planning import Plan
 from holdfast.subject import Subject
 from holdfast.trial import Lab, SubjectIdentity, Trial, run_trial
 

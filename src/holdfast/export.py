@@ -14,8 +14,8 @@ from holdfast.edits import FeatureEdit
 from holdfast.errors import StudyError, UnknownNameError
 from holdfast.executor import Runtime, load_lab, threads_for
 from holdfast.features import EVERY_GROUP
+from holdfast.planning import Plan
 from holdfast.setting import Setting
-from holdfast.study import Plan
 from holdfast.trial import Trial
 
 

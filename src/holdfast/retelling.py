@@ -16,10 +16,11 @@ from holdfast.config import nearest
 from holdfast.edits import Perturbation
 from holdfast.errors import StoreError, StudyError, UnknownNameError
 from holdfast.executor import Runtime, load_lab, threads_for
+from holdfast.planning import Plan, plan
 from holdfast.reply import Reply, printable
 from holdfast.sites import Site
 from holdfast.store import STUDY_TEXT, RunFolder
-from holdfast.study import Plan, parse, plan
+from holdfast.study import parse
 from holdfast.summary import headline
 from holdfast.trial import Trial
 

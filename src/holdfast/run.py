@@ -21,9 +21,10 @@ from holdfast.executor import Done, Runtime, check_device, execute, load_lab, th
 from holdfast.finding import Finding
 from holdfast.forecast.outlook import Outlook
 from holdfast.manifest import check_rows, check_run
+from holdfast.planning import Plan
 from holdfast.preflight import preflight, require
 from holdfast.store import RunFolder
-from holdfast.study import Plan, Study
+from holdfast.study import Study
 from holdfast.summary import summarize
 from holdfast.trial import Lab, Trial
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.canonical import SCHEMA
+from holdfast.planning import Plan
 from holdfast.second_opinions import PREFIX
 from holdfast.store import RunFolder
-from holdfast.study import Plan, headline_constraint
+from holdfast.study import headline_constraint
 from holdfast.trial import Trial
 from holdfast.verdict import Judgement, Separation, judge, separation
 

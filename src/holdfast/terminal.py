@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from holdfast.kinds import Description
     from holdfast.manual_audit import ManualAudit
     from holdfast.measure import Measurement
+    from holdfast.planning import Plan
     from holdfast.published.beside import PublishedComparison
     from holdfast.run import Watcher
-    from holdfast.study import Plan
     from holdfast.trial import Trial
 
 _LEVEL = {"fault": "bold red", "caution": "yellow"}

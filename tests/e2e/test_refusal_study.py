@@ -26,11 +26,12 @@ from holdfast.chat import render
 from holdfast.edits import Capture
 from holdfast.manifest import prompt_sha256
 from holdfast.organism.assets import resolve
+from holdfast.planning import plan
 from holdfast.saes.release import entry_of
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.store import RunFolder
-from holdfast.study import bundled, parse, plan
+from holdfast.study import bundled, parse
 from holdfast.subject import Subject
 from holdfast.testing import fitted_sae
 from tests.e2e.cli import Said, holdfast

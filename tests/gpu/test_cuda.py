@@ -12,12 +12,13 @@ from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.executor import Runtime
 from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.planning import plan
 from holdfast.recovery import Budget, RecoverySpec, recover
 from holdfast.replay import Replay
 from holdfast.run import run_study
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
-from holdfast.study import bundled, parse, plan
+from holdfast.study import bundled, parse
 from holdfast.subject import Subject
 from holdfast.testing import (
     random_sae,

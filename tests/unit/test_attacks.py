@@ -35,12 +35,13 @@ from holdfast.errors import StudyError
 from holdfast.executor import Runtime
 from holdfast.interventions.clamp import Clamp
 from holdfast.loading import SubjectSpec
+from holdfast.planning import Plan, plan
 from holdfast.report import write_report
 from holdfast.run import open_run, run_study
 from holdfast.saes.sources import Folder, SAESpec
 from holdfast.setting import Data, Setting, prepare
 from holdfast.sites import Site
-from holdfast.study import Plan, bundled, parse, plan
+from holdfast.study import bundled, parse
 from holdfast.subject import Subject
 from holdfast.terminal import results_table
 from holdfast.trial import Trial

@@ -15,9 +15,10 @@ from holdfast.behaviors.observation import Observation
 from holdfast.edits import Capture, FeatureEdit
 from holdfast.errors import StudyError
 from holdfast.paths import follow
+from holdfast.planning import plan
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
-from holdfast.study import bundled, parse, plan
+from holdfast.study import bundled, parse
 from holdfast.subject import Subject
 from holdfast.testing import tiny_batch, tiny_subject
 from holdfast.variants import PathSpec, Recovered, Variant, perform

@@ -17,8 +17,9 @@ from holdfast.edits import FeatureEdit
 from holdfast.errors import EmptyValidSetError, StudyError
 from holdfast.features import FeatureSet
 from holdfast.interventions.clamp import Clamp
+from holdfast.planning import plan
 from holdfast.setting import Setting
-from holdfast.study import bundled, parse, plan
+from holdfast.study import bundled, parse
 from holdfast.subject import Subject
 from holdfast.testing import WORDS, tiny_subject
 from holdfast.trial import Lab, run_trial

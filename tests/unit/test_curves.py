@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from holdfast.grid import Point as Coordinates
+from holdfast.planning import plan
 from holdfast.report import write_report
 from holdfast.report.curves import (
     Line,
@@ -30,7 +31,7 @@ from holdfast.report.panels import band
 from holdfast.run import open_run
 from holdfast.statistics import Interval, clustered_rate, mcnemar
 from holdfast.store import RunFolder
-from holdfast.study import Study, plan
+from holdfast.study import Study
 from tests.unit.test_report import (
     Fake,
     make_record,

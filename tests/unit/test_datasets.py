@@ -23,7 +23,8 @@ from holdfast.datasets.hub import Hub
 from holdfast.datasets.questions import LETTERS, Question, QuestionSet, questions_of
 from holdfast.errors import StudyError
 from holdfast.organism.tokenizer import build_tokenizer
-from holdfast.study import Study, bundled, parse, plan
+from holdfast.planning import plan
+from holdfast.study import Study, bundled, parse
 from holdfast.trial import Trial
 
 SPLITS = ("fit", "tune", "test")

@@ -17,6 +17,7 @@ from holdfast.edits import Capture
 from holdfast.hooks import apply_edits
 from holdfast.interventions.clamp import Clamp, Scale
 from holdfast.interventions.several import Several
+from holdfast.planning import Plan
 from holdfast.reconstruction import explained
 from holdfast.report.data import ReportData, gather
 from holdfast.report.error_term import section
@@ -24,7 +25,7 @@ from holdfast.report.page import render
 from holdfast.setting import prepare
 from holdfast.sites import Site
 from holdfast.store import RunFolder
-from holdfast.study import Plan, Study
+from holdfast.study import Study
 from holdfast.subject import Subject
 from holdfast.testing import WORDS, fitted_sae, random_sae, tiny_batch, tiny_subject
 from holdfast.trial import Lab, SAEIdentity, SubjectIdentity, Trial, run_trial

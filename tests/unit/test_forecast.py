@@ -42,6 +42,7 @@ from holdfast.forecast.show import amount, as_json, lasting, rests_on, rows_of
 from holdfast.forecast.stages import searching, step
 from holdfast.forecast.subject import outlined
 from holdfast.paths import follow
+from holdfast.planning import plan, sketch
 from holdfast.problem import Problem
 from holdfast.recovery import RecoverySpec
 from holdfast.replay import Replay
@@ -49,7 +50,7 @@ from holdfast.saes.bank import FeatureBank
 from holdfast.saes.sources import Shape
 from holdfast.setting import Data
 from holdfast.sites import Site
-from holdfast.study import Study, load, parse, plan, sketch
+from holdfast.study import Study, load, parse
 from holdfast.subject import Subject
 from holdfast.testing import random_sae, tiny_batch, tiny_subject, tiny_tokenizer
 from holdfast.trial import Trial, run_trial

@@ -9,9 +9,10 @@ import pytest
 
 from holdfast.errors import ForeignRunError, StudyError
 from holdfast.grid import MAX_LABEL, axis_name, describe, expanded, label, points
+from holdfast.planning import plan
 from holdfast.run import default_folder, open_run, run_study
 from holdfast.store import RunFolder
-from holdfast.study import Study, bundled, parse, plan
+from holdfast.study import Study, bundled, parse
 from tests.e2e.cli import small_study
 
 SAES = [

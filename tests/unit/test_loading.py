@@ -17,11 +17,11 @@ from holdfast.edits import Perturbation
 from holdfast.errors import DeviceError, SubjectError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.loading import SubjectSpec, load_model
+from holdfast.planning import identify
 from holdfast.recovery import Budget, RecoverySpec, recover
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.sources import Folder, SAESpec
 from holdfast.sites import Site
-from holdfast.study import identify
 from holdfast.subject import Subject
 from holdfast.testing import random_sae, tiny_batch, tiny_model, tiny_problem, tiny_tokenizer
 from tests.families import family_subject

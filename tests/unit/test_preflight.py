@@ -30,6 +30,7 @@ from holdfast.families import Family
 from holdfast.finding import Finding, tally
 from holdfast.loading import SubjectSpec
 from holdfast.organism.assets import resolve
+from holdfast.planning import Plan, plan
 from holdfast.positions import selected
 from holdfast.preflight import preflight, prompts, require, saes
 from holdfast.preflight.model import Nudge, Witness
@@ -40,7 +41,7 @@ from holdfast.saes.sae import SAE
 from holdfast.saes.sources import Folder, SAESpec
 from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
-from holdfast.study import Plan, bundled, parse, plan
+from holdfast.study import bundled, parse
 from holdfast.subject import Subject
 from holdfast.testing import WORDS, check_edit, fitted_sae, random_sae, tiny_tokenizer
 from holdfast.trial import Lab, SubjectIdentity, Trial

@@ -16,11 +16,12 @@ from holdfast.errors import FeatureError, StudyError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.interventions.clamp import Clamp
 from holdfast.interventions.several import Several
+from holdfast.planning import plan
 from holdfast.report import write_report
 from holdfast.run import open_run, run_study
 from holdfast.setting import Setting
 from holdfast.sites import Site
-from holdfast.study import Study, plan
+from holdfast.study import Study
 from holdfast.subject import Subject
 from holdfast.testing import tiny_batch
 from tests.conftest import SITE

@@ -18,13 +18,14 @@ import torch
 
 from holdfast.canonical import SCHEMA
 from holdfast.finding import Finding
+from holdfast.planning import Plan
 from holdfast.report import write_picture, write_report
 from holdfast.report.data import gather
 from holdfast.report.figures import script_safe
 from holdfast.report.known_answer import findings
 from holdfast.report.wording import percent, power, ratio
 from holdfast.store import RunFolder
-from holdfast.study import Plan, Study
+from holdfast.study import Study
 from holdfast.trial import SAEIdentity, SubjectIdentity, Trial
 
 SITE = "blocks.1.hook_resid_post"

@@ -21,10 +21,11 @@ from holdfast.errors import JudgeError
 from holdfast.judges import LABELS, complies, named, refuses
 from holdfast.judges.rules import Rules
 from holdfast.likelihood import nll
+from holdfast.planning import plan
 from holdfast.reply import Reply
 from holdfast.second_opinions import ALL, PREFIX, TOGETHER, labels_of, opinions_of, rates_of
 from holdfast.sites import Site
-from holdfast.study import parse, plan
+from holdfast.study import parse
 from holdfast.subject import Subject
 from holdfast.testing import WORDS, tiny_tokenizer
 from tests.unit.test_judges import of_set

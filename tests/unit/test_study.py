@@ -9,7 +9,8 @@ import pytest
 
 from holdfast.canonical import trial_id
 from holdfast.errors import StudyError
-from holdfast.study import Study, bundled, load, parse, plan
+from holdfast.planning import plan
+from holdfast.study import Study, bundled, load, parse
 
 TEXT = bundled("demo")
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")

@@ -32,13 +32,14 @@ from holdfast.discovery.tpp_effect import TPPEffect
 from holdfast.edits import Capture
 from holdfast.errors import FeatureError, StudyError
 from holdfast.loading import SubjectSpec
+from holdfast.planning import plan
 from holdfast.readouts.probes import NONE, Probes
 from holdfast.report import side_effects, strata
 from holdfast.report.data import Arm, AuditData, Point
 from holdfast.report.page import environment
 from holdfast.setting import Data, Setting, prepare, readout_of
 from holdfast.sites import Site
-from holdfast.study import parse, plan
+from holdfast.study import parse
 from holdfast.subject import Subject
 from holdfast.testing import tiny_batch, tiny_tokenizer
 from holdfast.trial import Lab, TrialResult, run_trial

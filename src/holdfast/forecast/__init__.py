@@ -28,7 +28,8 @@ from holdfast.forecast.subject import (
 from holdfast.forecast.work import Stage, Work, total
 from holdfast.grid import Point
 from holdfast.loading import SubjectSpec
-from holdfast.study import Study, sketch
+from holdfast.planning import sketch
+from holdfast.study import Study
 from holdfast.trial import Trial, setting_key
 
 __all__ = ["Forecast", "forecast", "forecast_study", "on_device", "on_gpu", "scene_of"]

@@ -13,9 +13,9 @@ from functools import partial
 from holdfast.canonical import digest
 from holdfast.errors import HoldfastError, PreflightError
 from holdfast.finding import Finding
+from holdfast.planning import Plan
 from holdfast.preflight import intervention, model, prompts, saes
 from holdfast.preflight.scene import Scene, set_scene
-from holdfast.study import Plan
 from holdfast.subject import Subject
 from holdfast.trial import Lab, SubjectIdentity, Trial
 

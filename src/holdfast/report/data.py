@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.grid import describe
+from holdfast.planning import Plan
 from holdfast.recovery import RecoverySpec
 from holdfast.report.wording import arm_name
 from holdfast.store import RunFolder
-from holdfast.study import Audit, Plan, headline_constraint
+from holdfast.study import Audit, headline_constraint
 from holdfast.summary import siblings, summarize
 from holdfast.trial import Trial
 

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from holdfast.planning import Plan
 from holdfast.report import (
     attempts,
     clamped,
@@ -36,7 +37,6 @@ from holdfast.report import (
 from holdfast.report.data import AuditData, ReportData, Texts, gather
 from holdfast.report.picture import draw
 from holdfast.store import RunFolder, write_atomic
-from holdfast.study import Plan
 
 SECTIONS = (
     verdicts, preflight, funnel, norms, forcing, path, sweeps, error_term, strata, drift, steps,
