@@ -22,8 +22,8 @@ from rich.table import Table
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 NAMES = (
-    "search_quality", "replay", "refusal_step", "several_layers", "sae_loading", "preflight",
-    "startup", "demo",
+    "search_quality", "replay", "refusal_step", "several_layers", "step_cost", "matmul_share",
+    "sae_loading", "preflight", "startup", "demo",
 )  # fmt: skip
 PACKAGES = ("holdfast", "torch", "transformers", "numpy", "scipy", "pydantic", "typer")
 

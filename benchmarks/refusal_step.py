@@ -20,7 +20,7 @@ import torch
 from benchmarks import published_refusal
 from benchmarks.harness import BenchmarkError, Bound, Cell, Options, Result, timings
 from benchmarks.published_refusal import PublishedRefusalSearch
-from benchmarks.replay import Size, random_batch, random_model
+from benchmarks.random_llama import Size, random_batch, random_model
 from holdfast.ascent import Climb, ascend
 from holdfast.constraints.feature_hold import FeatureHold
 from holdfast.edits import FeatureEdit, Perturbation

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Bound, Cell, Options, Result, progress, timings
-from benchmarks.replay import Size as ReplaySize
-from benchmarks.replay import random_batch
+from benchmarks.random_llama import Size as ReplaySize
+from benchmarks.random_llama import random_batch
 from benchmarks.search_quality import some
 from holdfast.ascent import Climb, ascend
 from holdfast.attacks.residual import pose
