@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from holdfast.batch import Batch
 from holdfast.constraints import ConstraintKind
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.feature_hold import FeatureHold
+from holdfast.constraints.gradient_projection import GradientProjection
 from holdfast.constraints.in_place import SLACK
 from holdfast.constraints.unconstrained import Unconstrained
 from holdfast.edits import Capture, FeatureEdit, Perturbation
@@ -250,3 +252,31 @@ def test_drift_is_told_apart_along_the_text(
         assert (largest >= moved.amax(1).double() * (1 - 1e-3)).all()
     assert torch.equal(checks.preactivation_drift_anchor, checks.preactivation_drift)
     assert torch.equal(checks.preactivation_drift_answer, checks.preactivation_drift_elsewhere)
+
+
+def test_the_published_projection_is_made_at_each_site_by_itself(
+    deep: Subject, prompts: Batch, banks: dict[Site, FeatureBank], clamps: tuple[FeatureEdit, ...]
+) -> None:
+    """Off the columns held there, by a least-squares of numpy's; and what lies between leaks."""
+    published = GradientProjection(ridge=1e-9)
+    problem = posed(deep, prompts, banks, clamps)
+    gradient = torch.randn(problem.shape)
+    zero = Iterate.zero(gradient)
+    projected = problem.replay.parts(published.feasible(problem).tangent(gradient, zero))
+    for site, own in problem.replay.parts(gradient).items():
+        A = banks[site].W_enc[0].numpy()
+        for x, y in zip(own.flatten(0, 1).numpy(), projected[site].flatten(0, 1), strict=True):
+            left = x - A @ np.linalg.lstsq(A, x, rcond=None)[0]
+            assert np.allclose(left, y.numpy(), atol=1e-4)
+    lowest = posed(deep, prompts, banks, clamps, (Site(0), SITES[0]))
+    free = replace(lowest, held={SITES[0]: banks[SITES[0]]})
+    part = published.feasible(free).tangent(
+        torch.ones(free.shape), Iterate.zero(torch.ones(free.shape))
+    )
+    assert (free.replay.parts(part)[Site(0)] == 1).all(), "nothing is held at the lower site"
+
+    leaky, exact = (searched(problem, kind) for kind in (published, FeatureHold()))
+    assert checked(problem, leaky, clamps).preactivation_drift.max() > 1e-3
+    assert checked(problem, exact, clamps).preactivation_drift.max() < 1e-6
+    with pytest.raises(ConstraintError, match="no perturbed site has any"):
+        published.feasible(replace(lowest, held={SITES[2]: banks[SITES[2]]}))

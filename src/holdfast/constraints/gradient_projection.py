@@ -9,10 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.constraints import ConstraintKind, Promise, only_site
+from holdfast.constraints import ConstraintKind, Promise
+from holdfast.errors import ConstraintError
 from holdfast.problem import Problem
+from holdfast.saes.bank import FeatureBank
 from holdfast.steppers import Adam
-from holdfast.subspace import Iterate, into_ball
+from holdfast.subspace import Everything, FeasibleSet, Iterate, PerSlot, into_ball
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class ProjectedGradient:
 class GradientProjection(ConstraintKind):
     """What the released code of arXiv 2606.18322 does (core.py, METHODS C.2): it leaks.
 
+    At several sites each vector's gradient is projected off the encoder columns held at its own
+    site, as the published per-layer projection does (METHODS D.6, E), so that what reaches later
+    features through the blocks between leaks too.
+
     ridge: added to AᵀA before inverting, 1e-4 as published.
     """
 
@@ -62,10 +68,24 @@ class GradientProjection(ConstraintKind):
     def stepper(self) -> Adam:
         return Adam()
 
-    def feasible(self, problem: Problem) -> ProjectedGradient:
-        held = only_site(problem, self.kind)
+    def feasible(self, problem: Problem) -> FeasibleSet:
+        if not set(problem.sites) & set(problem.moved):
+            raise ConstraintError(
+                f"{self.kind} projects a site's gradient off the features held there, and no "
+                f"perturbed site has any: perturbed are {', '.join(map(str, problem.sites))}, held "
+                f"features that can move are at {', '.join(map(str, problem.moved)) or 'no site'}. "
+                "Perturb a clamped site, or use jacobian_null"
+            )
+        parts = tuple(self._at(problem, problem.held.get(site)) for site in problem.sites)
+        return parts[0] if len(parts) == 1 else PerSlot(parts)
+
+    def _at(self, problem: Problem, held: FeatureBank | None) -> FeasibleSet:
+        """The set at one perturbed site; where nothing is held nothing is projected."""
+        n, _, d = problem.shape
+        if held is None:
+            return Everything(torch.full((n,), d, device=problem.goal.device))
         A = held.W_enc.double()
-        k, d = A.shape[2], A.shape[1]
+        k = A.shape[2]
         ridge = self.ridge * torch.eye(k, dtype=A.dtype, device=A.device)
         inner = torch.linalg.solve(A.mT @ A + ridge, A.mT)
         eye = torch.eye(d, dtype=A.dtype, device=A.device)
