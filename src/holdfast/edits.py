@@ -7,7 +7,7 @@ so a later site sees what earlier edits did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -51,6 +51,22 @@ class Placed(Protocol):
     def check_inside(self, batch: Batch, n_generated: int = 0) -> None:
         """Raise PositionError if they are outside a prompt and what is generated."""
         ...
+
+
+@runtime_checkable
+class Deciding(Protocol):
+    """An edit that may decide on a whole prompt what it does to each token of it."""
+
+    @property
+    def decides_on(self) -> str:
+        """What it decides on, if that is more than each token by itself; empty otherwise."""
+        ...
+
+
+def decided_on_whole(edits: Sequence[Edit]) -> str:
+    """What the first of the edits that decide on a whole prompt decides on; empty if none does."""
+    reasons = (edit.decides_on for edit in edits if isinstance(edit, Deciding))
+    return next(filter(None, reasons), "")
 
 
 def never_fired(edit: object, site: Site) -> EditNeverFiredError:
@@ -188,6 +204,9 @@ class Perturbation:
         return torch.stack(squares).sum(0).sqrt()
 
     def _own_rows(self, frame: Frame) -> Tensor:
+        return frame.once(self, lambda: self._found(frame))
+
+    def _found(self, frame: Frame) -> Tensor:
         unknown = [example for example in frame.ids if example not in self._row]
         if unknown:
             raise PositionError(

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from holdfast.batch import Batch, Frame
+from holdfast.block_calls import with_cache
 from holdfast.edits import Capture, Edit, Perturbation
 from holdfast.errors import EditError, SubjectError
 from holdfast.families import FAMILIES, Family, d_model_of, family_of
 from holdfast.hooks import AttachedEdits
-from holdfast.replay import PrefixCache, Replay, _with_cache
+from holdfast.prefix import PrefixCache
+from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subject import Subject
 from tests.families import (
@@ -313,7 +315,7 @@ def recorded(
 def test_a_block_called_without_a_cache_cannot_be_replayed() -> None:
     call = ((), {"attention_mask": torch.zeros(2, 1, 1, 3)})
     with pytest.raises(EditError, match="block 3 was called with 0 key-value caches"):
-        _with_cache(call, PrefixCache(()), 3)
+        with_cache(call, PrefixCache(()), 3)
 
 
 def test_blocks_that_are_not_where_the_row_says() -> None:

@@ -90,6 +90,9 @@ class FeatureBank:
 
     def slices(self, frame: Frame) -> Tensor:
         """[b] which slice each row of the frame uses. Raises FeatureError for an unknown group."""
+        return frame.once(self, lambda: self._slices(frame))
+
+    def _slices(self, frame: Frame) -> Tensor:
         fallback = self.index.get(EVERY_GROUP)
         rows = [self.index.get(group, fallback) for group in frame.groups]
         if None in rows:
