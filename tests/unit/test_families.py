@@ -315,13 +315,15 @@ def recorded(
 
 @in_every_family("replay logits")
 @pytest.mark.parametrize("lengths", [(5, 14, 14, 14, 8), (9, 9, 9)], ids=["ragged", "even"])
+@pytest.mark.parametrize("where", ["last", "last three"])
 def test_recorded_in_pieces_equals_recorded_at_once(
-    subject: Subject, lengths: tuple[int, ...]
+    subject: Subject, lengths: tuple[int, ...], where: str
 ) -> None:
-    """One piece of the ragged batch has no padding, where transformers may leave a mask out."""
+    """One piece of the ragged batch has no padding, and of a single query transformers then leaves
+    the mask out."""
     batch = prompts(subject, lengths)
-    positions = positions_of(batch, "last three")
-    delta = torch.randn(len(batch), 3, D_MODEL)
+    positions = positions_of(batch, where)
+    delta = torch.randn(*positions.shape, D_MODEL)
     at_once = recorded(subject, batch, SITES[1], positions, True)
     pieces = recorded(replace(subject, batch_size=2), batch, SITES[1], positions, True)
     close(pieces.logits(delta), at_once.logits(delta))
