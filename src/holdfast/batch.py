@@ -58,7 +58,9 @@ class Frame:
     ids: b example ids; groups: b group labels (feature sets can differ by group);
     positions [b s]: absolute, -1 for padding; prompt_length [b]: tokens in the prompt, BOS
     included; bos [b]: whether position 0 is a beginning-of-sequence token; template [b]: position
-    of the first token of the chat template after the instruction, prompt_length without one.
+    of the first token of the chat template after the instruction, prompt_length without one;
+    decided: what edits decided on these prompts, [b] by the id of what did. A frame of what follows
+    a prompt, made by `replace`, has it from the prompt's.
     """
 
     ids: tuple[str, ...]
@@ -67,6 +69,9 @@ class Frame:
     prompt_length: Tensor
     bos: Tensor
     template: Tensor
+    decided: dict[int, tuple[object, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
     _known: dict[int, tuple[object, Any]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.errors import EditNeverFiredError, PositionError
+from holdfast.gates import Gating
 from holdfast.positions import Where, check_possible, selected
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.sae import SAE
@@ -85,21 +86,6 @@ def splice(x: Tensor, change: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask[..., None], (wide + change).to(x.dtype), x)
 
 
-@dataclass(frozen=True)
-class Gate:
-    """Lets an edit act on the tokens where one feature of the edit's site exceeds a value.
-
-    bank: a slice of that one feature; above: in the SAE's activation units, strict.
-    """
-
-    bank: FeatureBank
-    above: float
-
-    def opens(self, x: Tensor, frame: Frame) -> Tensor:
-        """[b s] bool, read from x [b s d_model] as it is before the edit."""
-        return self.bank.activations(x, frame)[..., 0] > self.above
-
-
 MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "set": lambda z, value: value.expand_as(z),
     "set_where_active": lambda z, value: torch.where(z > 0, value, z),
@@ -129,7 +115,7 @@ class FeatureEdit:
     include_bos: bool = False
     error_scale: float = 1.0
     sae: SAE | None = None
-    gate: Gate | None = None
+    gate: Gating | None = None
 
     def __post_init__(self) -> None:
         assert self.mode in MODES, self.mode
@@ -139,6 +125,10 @@ class FeatureEdit:
     @property
     def sites(self) -> tuple[Site, ...]:
         return (self.bank.site,)
+
+    @property
+    def decides_on(self) -> str:
+        return "" if self.gate is None else self.gate.decides_on
 
     def selects(self, site: Site, frame: Frame) -> Tensor:
         return selected(self.where, self.include_bos, frame)
