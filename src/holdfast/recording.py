@@ -40,11 +40,10 @@ class Recorded:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What the passes over n rows left: keys and values by layer, calls by block, and what each
-    capture read in the suffix columns."""
+    """What the passes over n rows left: calls by block, and what each capture read in the suffix
+    columns."""
 
     n: int
-    prefix: list[tuple[Tensor, Tensor] | None]
     calls: Sequence[Call]
     seen: Sequence[Tensor]
 
@@ -67,10 +66,11 @@ def record(
     captures = (*raw.values(), base, *seen.values())
     edits = (*raw.values(), *before, base, *after, *seen.values())
     blocks = subject.family.blocks_of(subject.model)
+    kept = _Kept(len(batch))
     # One `with` for all pieces: an edit need not fire in each.
     with torch.no_grad(), AttachedEdits(blocks, edits) as attached:
         pieces = [
-            _piece(subject, batch, rows, start, sites[0], attached, captures)
+            _piece(subject, batch, rows, start, sites[0], attached, captures, kept)
             for rows in torch.arange(len(batch), device=batch.tokens.device).split(
                 subject.batch_size
             )
@@ -79,7 +79,7 @@ def record(
     columns = slots.find(positions, frame.positions)
     read = dict(zip(map(id, captures), map(_cat, zip(*(p.seen for p in pieces), strict=True)),
                     strict=True))  # fmt: skip
-    cache = _kept(pieces)
+    cache = kept.cache()
     return Recorded(
         frame=frame,
         base=read[id(base)],
@@ -108,7 +108,9 @@ def _piece(
     lowest: Site,
     attached: AttachedEdits,
     captures: Sequence[Capture],
+    kept: _Kept,
 ) -> _Piece:
+    """The passes over some rows. Their prefix goes to `kept`."""
     from transformers import DynamicCache
 
     n = len(rows)
@@ -134,35 +136,47 @@ def _piece(
         run(slice(0, start))
     # The pass over the suffix appends to the cache by making new tensors; these stay the prefix.
     # Blocks below the lowest site never run again.
-    prefix = [
-        (layer.keys[:n], layer.values[:n]) if start and index >= lowest.depth else None
+    above = [
+        (layer.keys, layer.values) if index >= lowest.depth else None
         for index, layer in enumerate(cache.layers)
     ]
+    kept.add(above if start else [], n)
     for capture in captures:
         capture.seen.clear()
     blocks = subject.family.blocks_of(subject.model)
     recorded = record_calls(blocks, lambda: run(slice(start, tokens.shape[1])))
-    calls = [(args[1:], kwargs) for args, kwargs in recorded]  # a replay gives its own residual
-    return _Piece(n, prefix if start else [], calls, [own.seen.pop()[1][:n] for own in captures])
+    # A replay gives its own residual; the piece's cache must not be held by its calls.
+    calls = reading([(args[1:], kwargs) for args, kwargs in recorded], PrefixCache(()))
+    return _Piece(n, calls, [own.seen.pop()[1][:n] for own in captures])
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _kept(pieces: Sequence[_Piece]) -> PrefixCache:
-    """The prefix of all rows, layer by layer, so that no more than one layer is there twice."""
-    if len(pieces) == 1:
-        return PrefixCache(tuple(pieces[0].prefix))
-    kept: list[tuple[Tensor, Tensor] | None] = []
-    homes: list[torch.device | None] = []
-    while pieces[0].prefix:
-        parts = [piece.prefix.pop(0) for piece in pieces]
-        own = [part for part in parts if part is not None]
-        kept.append(
-            (torch.cat([k.cpu() for k, _ in own]), torch.cat([v.cpu() for _, v in own]))
-            if own
-            else None
-        )
-        homes.append(own[0][0].device if own else None)
-    return PrefixCache(tuple(kept), homes)
+class _Kept:
+    """The prefix of n rows, filled piece by piece, so that nothing of it is there twice."""
+
+    def __init__(self, n: int):
+        self.n, self.n_filled = n, 0
+        self.layers: list[tuple[Tensor, Tensor] | None] = []
+        self.homes: list[torch.device | None] = []
+
+    def add(self, piece: Sequence[tuple[Tensor, Tensor] | None], n: int) -> None:
+        """Keys and values of the next n rows; rows beyond these are left out."""
+        if n == self.n:
+            self.layers = list(piece)
+            return
+        for layer, own in enumerate(piece):
+            if layer == len(self.layers):
+                self.layers.append(own and (self._room(own[0]), self._room(own[1])))
+                self.homes.append(own[0].device if own else None)
+            for kept, new in zip(self.layers[layer] or (), own or (), strict=True):
+                kept[self.n_filled : self.n_filled + n] = new[:n]
+        self.n_filled += n
+
+    def _room(self, like: Tensor) -> Tensor:
+        return torch.empty(self.n, *like.shape[1:], dtype=like.dtype)
+
+    def cache(self) -> PrefixCache:
+        return PrefixCache(tuple(self.layers), self.homes)
