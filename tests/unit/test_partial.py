@@ -16,7 +16,9 @@ from holdfast.batch import Batch, Example
 from holdfast.constraints import CONSTRAINTS
 from holdfast.controls import Case
 from holdfast.edits import FeatureEdit, Perturbation
+from holdfast.executor import Runtime, load_lab
 from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.planning import plan
 from holdfast.readouts.probes import Probes
 from holdfast.recovery import Budget, RecoverySpec, recover
 from holdfast.replay import Replay
@@ -24,8 +26,10 @@ from holdfast.saes import sae as saes
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
+from holdfast.study import parse
 from holdfast.subject import Subject
 from holdfast.testing import WORDS, random_sae, tiny_batch, tiny_model, tiny_subject, tiny_tokenizer
+from holdfast.trial import run_trial
 from tests.unit.test_forecast import Live
 
 SITE, LATER = Site(1), Site(2)
@@ -225,3 +229,36 @@ def test_the_kth_value_of_a_wide_topk_is_found_in_pieces(monkeypatch: pytest.Mon
     with Live(x, *(t for t in vars(sae).values() if isinstance(t, Tensor))) as live:
         sae.limit(x)
     assert live.peak < x[..., 0].numel() * 4 * 2000 / 3, "a third of all features at every token"
+
+
+# --- What a record says ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [("", "suffix"),
+     (", condition = { share = 0.02 }",
+      "whole sequence: a clamp's condition on the whole prompt")],
+    ids=["each token by itself", "on the whole prompt"],
+)  # fmt: skip
+def test_a_record_says_how_much_of_the_sequence_was_replayed(condition: str, said: str) -> None:
+    """The same search, whole; verified by full passes from the embedding."""
+    study = parse(
+        'schema = 1\nname = "one"\nseed = 0\n'
+        '[subject]\nmodel = "organism-second-route"\n'
+        "[[subject.saes]]\nsite = 'blocks.1.hook_resid_post'\n"
+        "source = { kind = 'folder', path = 'organism:saes/1' }\n"
+        "[data]\nfit = 20\ntune = 1\ntest = 12\n"
+        "[recovery]\nconstraint = { kind = 'encoder_null' }\nbudget = { relative = 0.5 }\n"
+        "stop = { clean_margin = 0.3 }\nsteps = 30\nrefine_steps = 5\n"
+        "[[audits]]\nname = 'only'\nbehavior = { kind = 'ioi', templates = 'all' }\n"
+        "discovery = { kind = 'given', file = 'organism-second-route:features.json' }\n"
+        "intervention = { kind = 'clamp', mode = 'set_where_active', value = -5.0"
+        f"{condition} }}\n"
+    )
+    planned = plan(study)
+    trial = planned.trials[0]
+    result = run_trial(trial, load_lab(planned, [trial], Runtime(workers=1))).result
+    assert result["checks"]["replay"] == said
+    assert result["outcome"]["counts"]["recovered"] > 0
+    assert result["checks"]["replay_error"] < 1e-3, "what was replayed is what a full pass gives"
