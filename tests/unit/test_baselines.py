@@ -14,14 +14,14 @@ from holdfast.behaviors import BehaviorKind
 from holdfast.behaviors.observation import Observation
 from holdfast.edits import Capture, FeatureEdit
 from holdfast.errors import StudyError
-from holdfast.paths import follow
+from holdfast.paths import _rows, follow
 from holdfast.planning import plan
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.study import bundled, parse
 from holdfast.subject import Subject
 from holdfast.testing import tiny_batch, tiny_subject
-from holdfast.variants import PathSpec, Recovered, Variant, perform
+from holdfast.variants import PathSpec, Performed, Recovered, Variant, perform
 from tests.unit.recovered import features_at, search, set_up
 
 SITE = Site(2)
@@ -140,6 +140,22 @@ def test_the_difference_in_means_is_that_of_the_fit_prompts(
     by_hand = last[own].mean(0) - last[~own].mean(0)
     by_hand = by_hand / by_hand.norm() * found.length[row]
     torch.testing.assert_close(variant.draws[0][row, 0], by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_many_rows_of_a_cluster_are_no_evidence() -> None:
+    """Six prompts of two questions, all of them brought back by one vector and by the other none:
+    of the four sign patterns two are as far from zero, whatever Holm makes of the rest."""
+    ones, zeros = (torch.full((6,), value, dtype=torch.float64) for value in (1.0, 0.0))
+
+    def performed(name: str, back: torch.Tensor) -> Performed:
+        return Performed(name, 1, "", back, back, ones, zeros, zeros)
+
+    made = [performed("nothing", zeros), performed("all", ones)]
+    by_name = {each.name: each for each in made}
+    nothing, everything = _rows(made, by_name, ["q1"] * 3 + ["q2"] * 3)
+    assert (nothing["p"], everything["p"]) == (0.5, 1.0) and nothing["p_holm"] == 1.0
+    alone, _ = _rows(made, by_name, [str(row) for row in range(6)])
+    assert alone["p"] == 2 / 2**6
 
 
 def test_a_prompt_without_a_baseline_is_unscored_with_a_reason(made: Made) -> None:
