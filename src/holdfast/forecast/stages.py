@@ -114,7 +114,8 @@ def verifying(scene: Scene) -> Stage:
 
 def attempting(scene: Scene) -> Stage:
     """Every script said to every prompt with the clamp and without, and to the opposed prompts that
-    turn the model anyway; each turn generates its answer. Or a search of the attack's own."""
+    turn the model anyway; each turn generates its answer. Or answers to the prompts as they are, or
+    a search of the attack's own."""
     rows, opposed, new = scene.rows, scene.prompts.opposed, scene.trial.behavior.answer_tokens
     made = _observed(scene, opposed, False) if opposed else Work()
     for turns in scene.trial.attack.turns:
@@ -122,6 +123,15 @@ def attempting(scene: Scene) -> Stage:
             tokens = turn * (scene.prompts.width + new) - new
             made += scene.passes.generate(2 * rows + opposed, tokens, new)
             made += clamped(scene, rows, tokens + new)
+    judged, without, beside = scene.trial.attack.answers
+    if judged and new:
+        made += _observed(scene, judged * rows, True)
+        made += _observed(scene, without * rows + beside * opposed, False)
+        if scene.trial.attack.reads_likelihood:
+            every = (judged + without) * rows + beside * opposed
+            made += scene.passes.full(every, scene.prompts.width + new, new)
+    elif judged:  # drawn from the logits of one pass each
+        made += _observed(scene, rows, True) + _observed(scene, rows, False)
     steps, added = scene.trial.attack.climbs
     if steps:
         tokens, n_read = scene.prompts.width + added, scene.trial.behavior.n_read
