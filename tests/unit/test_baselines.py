@@ -26,7 +26,9 @@ from tests.unit.recovered import features_at, search, set_up
 
 SITE = Site(2)
 FEATURES = features_at((SITE,))
-INSIDE = {"random_inside", "undo_inside", "answer_mean_inside", "gradient_inside"}
+INSIDE = {
+    "random_inside", "undo_inside", "transfer_inside", "answer_mean_inside", "gradient_inside"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,29 @@ def test_random_directions_are_drawn_by_id(made: Made, variants: dict[str, Varia
     assert not torch.allclose(other["random x1"].draws[0], first), "seeds differ"
 
 
+def test_a_transferred_vector_is_anothers_of_another_cluster(made: Made) -> None:
+    found, n = made.found, len(made.found)
+    clusters = tuple("ab"[row % 2] for row in range(n))
+    batch = replace(found.case.batch, clusters=clusters)
+    grouped = replace(found, case=replace(found.case, batch=batch))
+    spec = PathSpec(scales=(1.0,), draws=2)
+    by_name = {v.name: v for v in baselines(grouped, spec, seed=0)}
+    variant = by_name["transfer x1"]
+    unit = found.delta / found.delta.norm(dim=(1, 2), keepdim=True)
+    assert variant.there.all()
+    for row in range(n):
+        donors = set()
+        for delta in variant.draws:
+            own = delta[row] / delta[row].norm()
+            same = [o for o in range(n) if torch.allclose(unit[o], own, atol=1e-5)]
+            assert len(same) == 1 and clusters[same[0]] != clusters[row]
+            donors |= set(same)
+        assert len(donors) == 2, "two draws are two donors"
+    alone = replace(found, case=replace(found.case, batch=replace(batch, clusters=("a",) * n)))
+    lonely = next(v for v in baselines(alone, spec, seed=0) if v.name == "transfer x1")
+    assert not lonely.there.any() and "another cluster" in lonely.reason
+
+
 def test_the_difference_in_means_is_that_of_the_fit_prompts(
     made: Made, variants: dict[str, Variant]
 ) -> None:
@@ -171,32 +196,32 @@ def test_a_prompt_without_a_baseline_is_unscored_with_a_reason(made: Made) -> No
 def test_without_a_promise_there_is_no_inside(subject: Subject) -> None:
     loose = make(subject, kind="unconstrained").found
     names = {v.name.partition(" ")[0] for v in baselines(loose, PathSpec(), seed=0)}
-    assert names == {"nothing", "undo", "random", "answer_mean"}
+    assert names == {"nothing", "undo", "random", "transfer", "answer_mean"}
 
 
 def test_what_is_orthogonal_to_the_constraint_has_no_inside(made: Made) -> None:
     """A vector along the held encoder columns: only rounding of it is left in their null space."""
-    from holdfast.baselines import _inside
+    from holdfast.baselines import inside as bring_inside
     from holdfast.constraints.encoder_null import EncoderNull
 
     found = made.found
     feasible = EncoderNull().feasible(found.problem)
     column = found.problem.held[SITE].W_enc[0, :, 0]
-    inside, there = _inside(found, feasible, column.expand_as(found.delta), 1.0)
+    inside, there = bring_inside(found, feasible, column.expand_as(found.delta), 1.0)
     assert not there.any() and inside.abs().max() == 0
-    inside, there = _inside(found, feasible, torch.ones_like(found.delta), 1.0)
+    inside, there = bring_inside(found, feasible, torch.ones_like(found.delta), 1.0)
     assert there.all() and inside.abs().max() > 0
 
 
 def test_where_a_set_ends_the_vector_is_shorter_than_asked(subject: Subject) -> None:
     """Towards a threshold there is only so much room: no feature comes on, whatever was asked."""
-    from holdfast.baselines import _inside
+    from holdfast.baselines import inside as bring_inside
 
     found = make(subject, kind="one_sided").found
     bank, problem = found.problem.held[SITE], found.problem
     feasible = found.spec.constraint.feasible(problem)
     column = bank.W_enc[0, :, 0].expand_as(found.delta)
-    inside, there = _inside(found, feasible, column, 64.0)
+    inside, there = bring_inside(found, feasible, column, 64.0)
     norm = inside.norm(dim=(1, 2)) / found.length
     assert there.any() and (norm[there] > 0).all() and (norm < 32).all()
     h, frame = problem.replay.reference[SITE], found.case.batch.frame()

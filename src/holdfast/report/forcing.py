@@ -13,6 +13,7 @@ from holdfast.report.section import Section
 COLORS = {
     "random": "#8a8f98",
     "undo": "#e8702a",
+    "transfer": "#8250c4",
     "answer_mean": "#d0479f",
     "gradient": "#12a594",
 }
