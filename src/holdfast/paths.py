@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from holdfast.baselines import baselines
+from holdfast.many_draws import many_draws
 from holdfast.measure import difference, mean, median, share
 from holdfast.parts import EXACT, REENCODED, Split, split
 from holdfast.shapley import coalitions, shapley
@@ -66,6 +67,7 @@ def follow(found: Recovered, spec: PathSpec, seed: int, rows: Tensor | None = No
         "spec": spec.model_dump(mode="json"),
         "baselines": _rows(compared, by_name, clusters),
         "variants": _rows(of_path, by_name, clusters),
+        "random": many_draws(found, spec, seed),
         "parts": [] if parts is None else _parts(parts, found.length, clusters),
         "gram": None if parts is None else parts.gram.mean(0).tolist(),
         "shapley": {} if parts is None else _shapley(by_name, clusters),

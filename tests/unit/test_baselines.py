@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.baselines import baselines
+from holdfast.baselines import baselines, noise
+from holdfast.baselines import inside as bring_inside
 from holdfast.batch import Batch
 from holdfast.behaviors import BehaviorKind
 from holdfast.behaviors.observation import Observation
 from holdfast.edits import Capture, FeatureEdit
 from holdfast.errors import StudyError
+from holdfast.many_draws import FIRST, many_draws
 from holdfast.paths import _rows, follow
 from holdfast.planning import plan
 from holdfast.saes.bank import FeatureBank
@@ -201,7 +203,6 @@ def test_without_a_promise_there_is_no_inside(subject: Subject) -> None:
 
 def test_what_is_orthogonal_to_the_constraint_has_no_inside(made: Made) -> None:
     """A vector along the held encoder columns: only rounding of it is left in their null space."""
-    from holdfast.baselines import inside as bring_inside
     from holdfast.constraints.encoder_null import EncoderNull
 
     found = made.found
@@ -215,7 +216,6 @@ def test_what_is_orthogonal_to_the_constraint_has_no_inside(made: Made) -> None:
 
 def test_where_a_set_ends_the_vector_is_shorter_than_asked(subject: Subject) -> None:
     """Towards a threshold there is only so much room: no feature comes on, whatever was asked."""
-    from holdfast.baselines import inside as bring_inside
 
     found = make(subject, kind="one_sided").found
     bank, problem = found.problem.held[SITE], found.problem
@@ -243,6 +243,48 @@ def test_with_the_clamp_last_it_has_the_last_word(subject: Subject) -> None:
     assert torch.equal(
         undo.margin, case.batch.margin(case.subject.read(case.batch, edits)).double()
     )
+
+
+def test_many_draws_are_what_full_passes_say(made: Made) -> None:
+    """Shares, the best of all and which are as good, of the same vectors run from the embedding."""
+    found, n = made.found, 40
+    told = many_draws(found, PathSpec(margin_draws=n), seed=0)
+    assert told["n"] == n
+    constraint = found.spec.constraint
+    feasible = constraint.feasible(constraint.acting(found.problem))
+    drawn = [noise(found, 0, FIRST + draw) for draw in range(n)]
+    made_of = {
+        "free": [found.scaled(each)[0] for each in drawn],
+        "inside": [bring_inside(found, feasible, each, 1.0)[0] for each in drawn],
+    }
+    for name, deltas in made_of.items():
+        ran = perform(found, [Variant.whole(str(i), delta) for i, delta in enumerate(deltas)])
+        whole, nothing = perform(
+            found, [Variant.whole("a", found.delta), Variant.whole("b", 0 * found.delta)]
+        )
+        margins = torch.stack([each.margin for each in ran])
+        back = (margins > 0).double().mean(0)
+        best = (margins.amax(0) - nothing.margin) / (whole.margin - nothing.margin)
+        own = told[name]
+        assert own["back"]["estimate"] == pytest.approx(float(back.mean()))
+        assert own["any"]["estimate"] == pytest.approx(float((back > 0).double().mean()))
+        middle = float(best.quantile(0.5))
+        assert own["best"]["estimate"] == pytest.approx(middle, abs=1e-3)
+        as_good = float((margins >= whole.margin).double().mean())
+        assert own["as_good"]["estimate"] == pytest.approx(as_good) and as_good < 0.1
+    assert told["free"] != told["inside"]
+
+
+def test_many_draws_need_margins_that_are_the_behavior(made: Made, subject: Subject) -> None:
+    loose = make(subject, kind="unconstrained").found
+    assert many_draws(loose, PathSpec(margin_draws=1), seed=0)["inside"] is None
+    setting = replace(
+        made.found.setting,
+        behavior=Echo(),
+        observed=Echo().observe(made.found.case.subject, made.found.case.batch),
+    )
+    told = many_draws(replace(made.found, setting=setting), PathSpec(), seed=0)
+    assert told["n"] == 0 and "generated text" in told["reason"]
 
 
 def test_nothing_recovered_is_said(made: Made) -> None:

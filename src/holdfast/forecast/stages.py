@@ -36,7 +36,8 @@ def stages_of(scene: Scene) -> list[Stage]:
         stages = [elsewhere(scene), *stages]
     if scene.trial.paths is not None:
         clamp = clamped(scene, scene.rows, scene.tokens)
-        stages.append(comparing(scene, clamp, step(scene, scene.rows)))
+        replayed = forwards(scene, scene.rows)
+        stages.append(comparing(scene, clamp, step(scene, scene.rows), replayed))
     return stages
 
 
@@ -145,9 +146,15 @@ def step(scene: Scene, lanes: float, at_least: bool = False) -> Work:
     """One step of the search with so many lanes, without launches: forward to what is read, back to
     the perturbation, and onto the constraint."""
     first, columns, tokens = scene.sites[0].depth, scene.columns, scene.tokens
-    run = scene.passes.replay(lanes, first, columns, tokens, scene.n_logits, _read_depth(scene))
+    run = forwards(scene, lanes)
     again = scene.passes.replay(lanes, first, columns, tokens, last=scene.last_held.depth)
     return run * 2 + again * _repeats(scene, at_least) + _slices(scene, lanes)
+
+
+def forwards(scene: Scene, lanes: float) -> Work:
+    """The pass of one step, without launches."""
+    first, columns, tokens = scene.sites[0].depth, scene.columns, scene.tokens
+    return scene.passes.replay(lanes, first, columns, tokens, scene.n_logits, _read_depth(scene))
 
 
 def _steps(scene: Scene, steps: int, lanes: float, at_least: bool = False) -> Work:
