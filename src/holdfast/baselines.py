@@ -31,6 +31,8 @@ MEANINGS: Mapping[str, str] = {
     "random_inside": "a random direction inside the constraint",
     "undo": "the clamp's displacement taken back",
     "undo_inside": "the same, brought inside the constraint",
+    "transfer": "the vector of another recovered prompt",
+    "transfer_inside": "the same, brought inside the constraint",
     "answer_mean": "difference in means towards this answer",
     "answer_mean_inside": "the same, brought inside the constraint",
     "gradient_inside": "one gradient step inside the constraint",
@@ -49,19 +51,23 @@ def baselines(found: Recovered, spec: PathSpec, seed: int) -> list[Variant]:
     feasible = constraint.feasible(problem)
     undo = _displacement(found)
     means, known = _answer_means(found)
-    noise = tuple(_noise(found, seed, draw) for draw in range(spec.draws))
+    drawn = tuple(noise(found, seed, draw) for draw in range(spec.draws))
+    lent, lends = _transferred(found, seed, spec.draws)
     everyone = torch.ones(len(found), dtype=torch.bool, device=found.delta.device)
     still = "the clamp did not move the residual there"
     alone = "the fit split has no prompts with this answer, or none with another"
     outside = "nothing of it is inside the constraint"
+    nobody = "no prompt of another cluster was recovered, or none at these positions"
     free = {
-        "random": (noise, everyone, ""),
+        "random": (drawn, everyone, ""),
         "undo": ((undo,), everyone, still),
+        "transfer": (lent, lends, nobody),
         "answer_mean": ((means,), known, alone),
     }
     held = {
-        "random_inside": (noise, everyone, outside),
+        "random_inside": (drawn, everyone, outside),
         "undo_inside": ((undo,), everyone, f"{still}, or {outside}"),
+        "transfer_inside": (lent, lends, f"{nobody}, or {outside}"),
         "answer_mean_inside": ((means,), known, f"{alone}, or {outside}"),
         "gradient_inside": ((_gradient(found),), everyone, outside),
     }
@@ -71,7 +77,7 @@ def baselines(found: Recovered, spec: PathSpec, seed: int) -> list[Variant]:
             ready, all_there = [], there
             for delta in draws:
                 if name.endswith("_inside"):
-                    delta, has = _inside(found, feasible, delta, scale)
+                    delta, has = inside(found, feasible, delta, scale)
                 else:
                     delta, has = found.scaled(delta, scale)
                 ready.append(delta)
@@ -80,7 +86,7 @@ def baselines(found: Recovered, spec: PathSpec, seed: int) -> list[Variant]:
     return made
 
 
-def _noise(found: Recovered, seed: int, draw: int) -> Tensor:
+def noise(found: Recovered, seed: int, draw: int) -> Tensor:
     """[n q d] standard normal at the slots that exist, drawn by the example's id."""
     _, q, d = found.delta.shape
     rows = []
@@ -90,7 +96,7 @@ def _noise(found: Recovered, seed: int, draw: int) -> Tensor:
     return torch.stack(rows).to(found.delta.device) * found.slots
 
 
-def _inside(
+def inside(
     found: Recovered, feasible: FeasibleSet, delta: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Vectors in the constraint's set, of the norm asked for as far as the set reaches; and rows
@@ -108,6 +114,31 @@ def _inside(
         own = feasible.inside(found.scaled(own, scale)[0], scale * found.length, start)
     there = kept(own)
     return torch.where(there[:, None, None], own, 0.0), there
+
+
+def _transferred(found: Recovered, seed: int, draws: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """[n q d] a draw, and the rows [n] there are any for: the vector found for a prompt of another
+    cluster, drawn by id; slots as far from the last one as in the prompt it was found for.
+
+    Donors are drawn in turn, so that no two draws of a prompt have the same one while others are
+    left.
+    """
+    batch = found.case.batch
+    lengths = found.slots.sum((1, 2))
+    made = [torch.zeros_like(found.delta) for _ in range(draws)]
+    there = torch.zeros(len(found), dtype=torch.bool, device=found.delta.device)
+    for row, (example, cluster) in enumerate(zip(batch.ids, batch.clusters, strict=True)):
+        # One that covers fewer positions would be shorter for another reason than its direction.
+        donors = [
+            other
+            for other in range(len(found))
+            if batch.clusters[other] != cluster and lengths[other] >= lengths[row]
+        ]
+        donors.sort(key=lambda other: digest(f"transfer/{seed}/{example}/{batch.ids[other]}"))
+        there[row] = bool(donors)
+        for draw in range(draws if donors else 0):
+            made[draw][row] = found.delta[donors[draw % len(donors)]]
+    return tuple(delta * found.slots for delta in made), there
 
 
 def _displacement(found: Recovered) -> Tensor:

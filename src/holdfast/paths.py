@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from holdfast.baselines import baselines
+from holdfast.many_draws import many_draws
 from holdfast.measure import difference, mean, median, share
 from holdfast.parts import EXACT, REENCODED, Split, split
 from holdfast.shapley import coalitions, shapley
-from holdfast.statistics import holm, mcnemar
+from holdfast.statistics import holm, paired_test
 from holdfast.subspace import NullSpace
 from holdfast.variants import PathSpec, Performed, Recovered, Variant, perform
 
@@ -66,6 +67,7 @@ def follow(found: Recovered, spec: PathSpec, seed: int, rows: Tensor | None = No
         "spec": spec.model_dump(mode="json"),
         "baselines": _rows(compared, by_name, clusters),
         "variants": _rows(of_path, by_name, clusters),
+        "random": many_draws(found, spec, seed),
         "parts": [] if parts is None else _parts(parts, found.length, clusters),
         "gram": None if parts is None else parts.gram.mean(0).tolist(),
         "shapley": {} if parts is None else _shapley(by_name, clusters),
@@ -155,11 +157,14 @@ def _of_places(found: Recovered, spec: PathSpec) -> list[Variant]:
 def _rows(
     performed: Sequence[Performed], by_name: dict[str, Performed], clusters: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row for each variant. p: McNemar's, that it brings the behavior back as often as the
-    recovery's own vector; p_holm: adjusted over these rows; both NaN over several draws."""
+    """A row for each variant. p: that it brings the behavior back as often as the recovery's own
+    vector, whole clusters exchanged; p_holm: adjusted over these rows; both NaN over several
+    draws."""
     nobody, everybody = by_name[NOBODY], by_name[EVERYBODY]
     pvalues = [
-        mcnemar(made.back.cpu(), everybody.back.cpu()) if made.n_draws == 1 else float("nan")
+        paired_test(made.back.cpu(), everybody.back.cpu(), clusters)
+        if made.n_draws == 1
+        else float("nan")
         for made in performed
     ]
     adjusted = holm(np.asarray(pvalues))

@@ -25,7 +25,7 @@ from holdfast.planning import Plan
 from holdfast.preflight import preflight, require
 from holdfast.store import RunFolder
 from holdfast.study import Study
-from holdfast.summary import summarize
+from holdfast.summary import LISTS, summarize
 from holdfast.trial import Lab, Trial
 
 __all__ = ["RunReport", "Runtime", "Watcher", "default_folder", "open_run", "run_study"]
@@ -201,7 +201,7 @@ def open_run(folder: Path) -> tuple[RunFolder, Plan, bool]:
     except ValueError as error:
         raise StudyError(f"{folder}: written by another version of holdfast: {error}") from None
     summary = store.summary() or {"complete": False, "trials": []}
-    rows = [*summary["trials"], *summary.get("attempts", []), *summary.get("suffixes", [])]
+    rows = [row for listed in LISTS for row in summary.get(listed, [])]
     order = {row["id"]: index for index, row in enumerate(rows)}
     # Records of subjects that have changed since may lie beside them; the summary names the run's.
     trials = sorted((t for t in trials if t.id in order), key=lambda trial: order[trial.id])

@@ -202,23 +202,6 @@ def share_greater(
     return clustered_rate(wins, clusters, level, n_resamples, seed)
 
 
-def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
-    """Exact two-sided p-value that paired yes/no outcomes `a` and `b` [n] have the same rate.
-
-    The binomial test of the discordant pairs (McNemar 1947); 1.0 where there is none. Pairs with a
-    NaN are left out. Pairs are taken as independent.
-    """
-    a, b = _pairs(a, b)
-    scored = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[scored], b[scored]
-    if not np.isin(np.concatenate([a, b]), (0.0, 1.0)).all():
-        raise ValueError("expected outcomes of 0 or 1, or NaN where not scored")
-    only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    discordant = only_a + only_b
-    tail = sum(math.comb(discordant, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
-
-
 def paired_test(a: ArrayLike, b: ArrayLike, clusters: Clusters | None = None) -> float:
     """Exact two-sided p-value that paired yes/no outcomes `a` and `b` [n] have the same rate.
 

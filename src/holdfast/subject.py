@@ -20,6 +20,7 @@ from holdfast.readouts import Readout
 from holdfast.readouts.logits import LOGITS
 from holdfast.saes.sae import SAE
 from holdfast.saes.stored import StoredSAE
+from holdfast.sampling import Choice, greedy
 from holdfast.sites import Site
 
 if TYPE_CHECKING:
@@ -250,26 +251,33 @@ class Subject:
         ).logits.float()
 
     def generate(
-        self, batch: Batch, edits: Sequence[Edit] = (), max_new_tokens: int = 32
+        self,
+        batch: Batch,
+        edits: Sequence[Edit] = (),
+        max_new_tokens: int = 32,
+        choose: Choice = greedy,
     ) -> Tensor:
-        """Greedy continuation [b n] under a KV cache with `edits` on at every step.
+        """Continuation [b n] under a KV cache with `edits` on at every step.
 
         The prompt is edited before its keys are cached and every new token is edited at its own
-        absolute position, so that the result equals repeated full forward passes. Rows that ended
-        are filled with the padding token. Raises ContextError where prompt and answer do not fit.
+        absolute position, so that the result equals repeated full forward passes. A batch that is
+        read for forced answers goes on after all but their last token. Rows that ended are filled
+        with the padding token. Raises ContextError where prompt and answer do not fit.
         """
         self._check_positions(batch, edits, max_new_tokens)
         out = []
         with torch.no_grad(), AttachedEdits(self.family.blocks_of(self.model), edits) as attached:
             for chunk in batch.chunks(self.batch_size):
-                out.append(self._generate(chunk, attached, max_new_tokens))
+                out.append(self._generate(chunk, attached, max_new_tokens, choose))
         pad = self.tokenizer.pad_token_id or 0
         width = max(tokens.shape[1] for tokens in out)
         return torch.cat(
             [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t in out]
         )
 
-    def _generate(self, batch: Batch, attached: AttachedEdits, max_new_tokens: int) -> Tensor:
+    def _generate(
+        self, batch: Batch, attached: AttachedEdits, max_new_tokens: int, choose: Choice
+    ) -> Tensor:
         from transformers import DynamicCache
 
         pad = self.tokenizer.pad_token_id or 0
@@ -290,7 +298,7 @@ class Subject:
                 logits_to_keep=1,
             ).logits[:, -1]
             self.check_finite(logits, batch.ids)
-            chosen = torch.where(done, pad, logits.argmax(-1))
+            chosen = torch.where(done, pad, choose(batch.ids, logits))
             made.append(chosen)
             done = done | torch.isin(chosen, ends)
             if bool(done.all()):

@@ -13,6 +13,9 @@ from holdfast.study import headline_constraint
 from holdfast.trial import Trial
 from holdfast.verdict import Judgement, Separation, judge, separation
 
+LISTS = ("trials", "attempts", "answers", "suffixes")
+"""Where the rows of a run's trials stand, in the order of a plan read back."""
+
 
 def summarize(
     plan: Plan, store: RunFolder, done: Sequence[Trial], complete: bool
@@ -27,6 +30,9 @@ def summarize(
         "trials": rows,
         "attempts": [
             attempt(plan, store, trial) for trial in done if trial.attack.listed == "attempts"
+        ],
+        "answers": [
+            answer(plan, store, trial) for trial in done if trial.attack.listed == "answers"
         ],
         "suffixes": [
             suffix(plan, store, trial) for trial in done if trial.attack.listed == "suffixes"
@@ -153,6 +159,42 @@ def attempt(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
             for counts in result["templates"]
         ],
         "preactivation_drift_max": result["checks"]["preactivation_drift_max"],
+        "drift_reason": result["checks"]["reason"],
+        "outcome": result["outcome"]["outcome"],
+        "sentence": result["outcome"]["sentence"],
+        "seconds": record["run"]["seconds"],
+    }
+
+
+def answer(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
+    """The row of answers begun for the model, or drawn, apart from the searches' rows: it has no
+    verdict.
+
+    n_asked: prompts of which it can be said; n_recovered: those on which the behavior came with the
+    clamp on; table: every way the answers were made, and what came of it.
+    """
+    record = store.load(trial.id)
+    result = record["result"]
+    stages = result["funnel"]["stages"]
+    recovery = next(m for m in result["measurements"] if m["name"] == "recovery_rate")
+    return {
+        "id": trial.id,
+        "audit": trial.audit,
+        "behavior": trial.behavior.kind,
+        "attack": trial.attack.kind,
+        "label": trial.attack.label,
+        "point": plan.points.get(trial.id, {}),
+        "n_tried": stages["tried"],
+        "n_clean": stages["clean"],
+        "n_suppressed": stages["suppressed"],
+        "n_valid": stages["valid"],
+        "n_asked": stages["asked"],
+        "n_clusters": recovery["n_clusters"],
+        "n_recovered": stages["recovered"],
+        "recovery_rate": recovery["estimate"],
+        "ci_low": recovery["low"],
+        "ci_high": recovery["high"],
+        "table": result["table"],
         "drift_reason": result["checks"]["reason"],
         "outcome": result["outcome"]["outcome"],
         "sentence": result["outcome"]["sentence"],

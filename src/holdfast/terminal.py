@@ -118,6 +118,7 @@ def results_table(summary: dict[str, Any]) -> None:
         previous = row["audit"]
     out.print(table)
     _attempts_table(summary, out)
+    _answers_table(summary, out)
     _suffixes_table(summary, out)
     for audit, own in groupby(headline(rows), key=itemgetter("audit")):
         said = list(own)
@@ -169,6 +170,47 @@ def _attempts_table(summary: dict[str, Any], out: Console) -> None:
         "clamp; where many are turned, it need not be the clamp that fails.\n",
         style="dim",
     )
+
+
+def _answers_table(summary: dict[str, Any], out: Console) -> None:
+    """Answers begun for the model, or drawn, under the searches: they have no verdict."""
+    if not summary.get("answers"):  # summaries of earlier versions have none
+        return
+    table = Table(
+        title="answers begun for the model, or drawn, clamp on (no part of a verdict)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("audit", "attack", "how"):
+        table.add_column(name)
+    for name in ("share [95%]", "of", "search, same prompts"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in summary["answers"]:
+        searched = (f"{r['n_recovered']}/{r['n_valid']}" for r in beside(row, summary["trials"]))
+        label = ", ".join([row["label"], *describe(row["point"])])
+        table.add_row(row["audit"], label, "any of these", _back(row), "", ", ".join(searched))
+        for each in row["table"]["rows"]:
+            for key, title in row["table"]["columns"].items():
+                cell = each["cells"][key]
+                how = f"{each['name']}: {title}"
+                table.add_row("", "", escape(how), _cell(cell), str(cell["n"]), "")
+    out.print(table)
+    out.print(
+        "Nothing is searched. What is given to the model counts only if what it adds, read alone, "
+        "shows the behavior too; of many drawn answers one may show anything, so that beside them "
+        "stands how often something comes that should not be there.\n",
+        style="dim",
+    )
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    """A measured share with its interval, if there is one; another figure as it is."""
+    if cell["estimate"] is None:
+        return "unscored"
+    if not cell["unit"].startswith("share"):
+        return f"{cell['estimate']:.3g}"
+    low, high = cell["low"] or 0.0, 1.0 if cell["high"] is None else cell["high"]
+    return f"{cell['estimate']:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _suffixes_table(summary: dict[str, Any], out: Console) -> None:

@@ -14,20 +14,15 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.constraints import Promise
+from holdfast.drift import TINY, floor_of, moved_preactivations, relative_of
 from holdfast.edits import Capture, Edit, FeatureEdit, Perturbation
-from holdfast.features import EVERY_GROUP
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
 from holdfast.subspace import NullSpace
 
-TAU = 0.01
-"""Floor of the relative drift's denominator, as a share of √|S| · median active value."""
-
 N_DRAWS = 8
 """Random vectors per prompt that the rounding floor is averaged over."""
-
-TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -278,8 +273,7 @@ class _Features:
     @property
     def relative(self) -> Tensor:
         """Change of the held features relative to their norm; NaN where they have no scale."""
-        size = torch.maximum(self.size.sqrt(), self.floor.sqrt())
-        return torch.where(size > 0, self.change.sqrt() / size, torch.nan)
+        return relative_of(self.change, self.size, self.floor)
 
     @classmethod
     def sum(cls, sites: Sequence[_Features]) -> _Features:
@@ -305,21 +299,17 @@ def _at_site(
     here = (positions >= 0).to(h_ref.device)[..., None]  # [n p 1]
     rows = bank.slices(frame)
     valid = bank.valid[rows][:, None] & here
-    moved, scale = _moved(bank, frame, h_ref, h_rec)
+    moved, scale = moved_preactivations(bank, frame, h_ref, h_rec)
     moved = torch.where(valid, moved, 0.0)
 
     z_ref, z_rec = bank.activations(h_ref, frame), bank.activations(h_rec, frame)
     p_rec, limit = bank.preactivations(h_rec, frame), bank.limits(h_rec, frame)
-    n_held = bank.valid.sum(1)[rows].double()
-    median = torch.as_tensor(
-        [median_active.get(group, median_active.get(EVERY_GROUP)) or 0.0 for group in frame.groups],
-        dtype=torch.float64, device=h_ref.device,
-    )  # fmt: skip
+    floor = floor_of(bank, frame, median_active)
 
     # What was assigned is known where one clamp sets exactly the held features.
     z_before = bank.activations(reference.before.double(), frame)
     assigned = [e for e in edits if isinstance(e, FeatureEdit) and bank.site in e.sites]
-    off = mismatch = torch.full_like(median, torch.nan)
+    off = mismatch = torch.full_like(floor, torch.nan)
     if len(assigned) == 1 and assigned[0].bank.ids == bank.ids:
         target = assigned[0].assigned(z_before, frame)
         off = _square(torch.where(valid, z_rec - target, 0.0))
@@ -340,7 +330,7 @@ def _at_site(
         fallen=(torch.where(valid, (z_ref - z_rec).clamp_min(0), 0.0) / scale).amax((1, 2)),
         change=_square(torch.where(here, z_rec - z_ref, 0.0)),
         size=_square(torch.where(here, z_ref, 0.0)),
-        floor=TAU**2 * n_held * median.square(),
+        floor=floor,
         off_assigned=off,
         mismatch=mismatch,
         fired=fired.sum((1, 2)).double(),
@@ -352,19 +342,12 @@ def _at_site(
     )
 
 
-def _moved(bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """|Δp| [n p k] between two residuals [n p d] in float64, and its scale ‖a_i‖·‖h‖."""
-    change = bank.preactivations(after, frame) - bank.preactivations(before, frame)
-    length = bank.W_enc.double().norm(dim=1)[bank.slices(frame)][:, None].clamp_min(TINY)
-    return change.abs(), length * before.norm(dim=-1, keepdim=True).clamp_min(TINY)
-
-
 def _along(
     bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[n] each, the largest drift: at tokens that are not perturbed, 0 where every one is; at the
     last token of the prompt; at those after it, NaN where there is none."""
-    moved, scale = _moved(bank, frame, before.double(), after.double())
+    moved, scale = moved_preactivations(bank, frame, before.double(), after.double())
     moved = torch.where(bank.valid[bank.slices(frame)][:, None], moved / scale, 0.0).amax(2)
     steps = torch.arange(before.shape[1], device=before.device)
     there = steps <= frame.positions[:, -1:].to(before.device)
@@ -433,7 +416,7 @@ def _rounding_floor(
             v = space.retract(torch.randn(h.shape, generator=generator).to(h.device))
             v = v * length / v.norm(dim=-1, keepdim=True).clamp_min(TINY)
             rounded = (h.float() + v).to(subject.model.dtype)
-            moved, scale = _moved(bank, frame, h.double(), rounded.double())
+            moved, scale = moved_preactivations(bank, frame, h.double(), rounded.double())
             drifts.append((torch.where(valid, moved, 0.0) / scale).amax((1, 2)))
         floors.append(torch.stack(drifts))
     return torch.stack(floors).amax(0).mean(0).double()

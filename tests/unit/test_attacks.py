@@ -408,10 +408,11 @@ def attempts_of(planned: Plan) -> list[Trial]:
 def test_attempts_are_crossed_with_all_of_the_grid_but_the_search() -> None:
     planned = study()
     (audit,) = planned.study.audits
-    assert len(attempts_of(planned)) == len(audit.attacks) == 3
-    searches = len(planned.trials) - 3
+    n = len(attempts_of(planned))
+    assert n == len(audit.attacks) == 6
+    searches = len(planned.trials) - n
     crossed = study('audits.0.grid."data.test"=[10, 20]', 'audits.0.grid."recovery.steps"=[5, 6]')
-    assert len(attempts_of(crossed)) == 6 and len(crossed.trials) == 6 + 4 * searches
+    assert len(attempts_of(crossed)) == 2 * n and len(crossed.trials) == 2 * n + 4 * searches
     for trial in attempts_of(planned):
         assert trial.recovery is None and not trial.is_audit
         assert Trial.model_validate(trial.canonical()).id == trial.id
@@ -424,7 +425,7 @@ def test_attempts_are_crossed_with_all_of_the_grid_but_the_search() -> None:
 
 def test_an_audit_takes_the_studys_attacks_unless_it_has_its_own() -> None:
     kinds = [t.attack.kind for t in attempts_of(study("attacks=['nested']"))]
-    assert kinds == ["role_play", "nested", "multi_turn"]
+    assert kinds == ["role_play", "nested", "multi_turn", "prefill", "sampling", "sampling"]
     assert not attempts_of(study("attacks=['nested']", "audits.0.attacks=[]"))
     text = bundled("refusal").partition('[[audits]]\nname         = "removed"')[0]
     line = next(line for line in text.splitlines() if line.startswith("attacks"))

@@ -8,25 +8,29 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.baselines import baselines
+from holdfast.baselines import baselines, noise
+from holdfast.baselines import inside as bring_inside
 from holdfast.batch import Batch
 from holdfast.behaviors import BehaviorKind
 from holdfast.behaviors.observation import Observation
 from holdfast.edits import Capture, FeatureEdit
 from holdfast.errors import StudyError
-from holdfast.paths import follow
+from holdfast.many_draws import FIRST, many_draws
+from holdfast.paths import _rows, follow
 from holdfast.planning import plan
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.study import bundled, parse
 from holdfast.subject import Subject
 from holdfast.testing import tiny_batch, tiny_subject
-from holdfast.variants import PathSpec, Recovered, Variant, perform
+from holdfast.variants import PathSpec, Performed, Recovered, Variant, perform
 from tests.unit.recovered import features_at, search, set_up
 
 SITE = Site(2)
 FEATURES = features_at((SITE,))
-INSIDE = {"random_inside", "undo_inside", "answer_mean_inside", "gradient_inside"}
+INSIDE = {
+    "random_inside", "undo_inside", "transfer_inside", "answer_mean_inside", "gradient_inside"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,29 @@ def test_random_directions_are_drawn_by_id(made: Made, variants: dict[str, Varia
     assert not torch.allclose(other["random x1"].draws[0], first), "seeds differ"
 
 
+def test_a_transferred_vector_is_anothers_of_another_cluster(made: Made) -> None:
+    found, n = made.found, len(made.found)
+    clusters = tuple("ab"[row % 2] for row in range(n))
+    batch = replace(found.case.batch, clusters=clusters)
+    grouped = replace(found, case=replace(found.case, batch=batch))
+    spec = PathSpec(scales=(1.0,), draws=2)
+    by_name = {v.name: v for v in baselines(grouped, spec, seed=0)}
+    variant = by_name["transfer x1"]
+    unit = found.delta / found.delta.norm(dim=(1, 2), keepdim=True)
+    assert variant.there.all()
+    for row in range(n):
+        donors = set()
+        for delta in variant.draws:
+            own = delta[row] / delta[row].norm()
+            same = [o for o in range(n) if torch.allclose(unit[o], own, atol=1e-5)]
+            assert len(same) == 1 and clusters[same[0]] != clusters[row]
+            donors |= set(same)
+        assert len(donors) == 2, "two draws are two donors"
+    alone = replace(found, case=replace(found.case, batch=replace(batch, clusters=("a",) * n)))
+    lonely = next(v for v in baselines(alone, spec, seed=0) if v.name == "transfer x1")
+    assert not lonely.there.any() and "another cluster" in lonely.reason
+
+
 def test_the_difference_in_means_is_that_of_the_fit_prompts(
     made: Made, variants: dict[str, Variant]
 ) -> None:
@@ -142,6 +169,22 @@ def test_the_difference_in_means_is_that_of_the_fit_prompts(
     torch.testing.assert_close(variant.draws[0][row, 0], by_hand, rtol=1e-4, atol=1e-5)
 
 
+def test_many_rows_of_a_cluster_are_no_evidence() -> None:
+    """Six prompts of two questions, all of them brought back by one vector and by the other none:
+    of the four sign patterns two are as far from zero, whatever Holm makes of the rest."""
+    ones, zeros = (torch.full((6,), value, dtype=torch.float64) for value in (1.0, 0.0))
+
+    def performed(name: str, back: torch.Tensor) -> Performed:
+        return Performed(name, 1, "", back, back, ones, zeros, zeros)
+
+    made = [performed("nothing", zeros), performed("all", ones)]
+    by_name = {each.name: each for each in made}
+    nothing, everything = _rows(made, by_name, ["q1"] * 3 + ["q2"] * 3)
+    assert (nothing["p"], everything["p"]) == (0.5, 1.0) and nothing["p_holm"] == 1.0
+    alone, _ = _rows(made, by_name, [str(row) for row in range(6)])
+    assert alone["p"] == 2 / 2**6
+
+
 def test_a_prompt_without_a_baseline_is_unscored_with_a_reason(made: Made) -> None:
     paths = follow(made.found, PathSpec(scales=(1.0,), draws=1), seed=0)
     row = next(r for r in paths.record["baselines"] if r["name"] == "answer_mean x1")
@@ -155,32 +198,30 @@ def test_a_prompt_without_a_baseline_is_unscored_with_a_reason(made: Made) -> No
 def test_without_a_promise_there_is_no_inside(subject: Subject) -> None:
     loose = make(subject, kind="unconstrained").found
     names = {v.name.partition(" ")[0] for v in baselines(loose, PathSpec(), seed=0)}
-    assert names == {"nothing", "undo", "random", "answer_mean"}
+    assert names == {"nothing", "undo", "random", "transfer", "answer_mean"}
 
 
 def test_what_is_orthogonal_to_the_constraint_has_no_inside(made: Made) -> None:
     """A vector along the held encoder columns: only rounding of it is left in their null space."""
-    from holdfast.baselines import _inside
     from holdfast.constraints.encoder_null import EncoderNull
 
     found = made.found
     feasible = EncoderNull().feasible(found.problem)
     column = found.problem.held[SITE].W_enc[0, :, 0]
-    inside, there = _inside(found, feasible, column.expand_as(found.delta), 1.0)
+    inside, there = bring_inside(found, feasible, column.expand_as(found.delta), 1.0)
     assert not there.any() and inside.abs().max() == 0
-    inside, there = _inside(found, feasible, torch.ones_like(found.delta), 1.0)
+    inside, there = bring_inside(found, feasible, torch.ones_like(found.delta), 1.0)
     assert there.all() and inside.abs().max() > 0
 
 
 def test_where_a_set_ends_the_vector_is_shorter_than_asked(subject: Subject) -> None:
     """Towards a threshold there is only so much room: no feature comes on, whatever was asked."""
-    from holdfast.baselines import _inside
 
     found = make(subject, kind="one_sided").found
     bank, problem = found.problem.held[SITE], found.problem
     feasible = found.spec.constraint.feasible(problem)
     column = bank.W_enc[0, :, 0].expand_as(found.delta)
-    inside, there = _inside(found, feasible, column, 64.0)
+    inside, there = bring_inside(found, feasible, column, 64.0)
     norm = inside.norm(dim=(1, 2)) / found.length
     assert there.any() and (norm[there] > 0).all() and (norm < 32).all()
     h, frame = problem.replay.reference[SITE], found.case.batch.frame()
@@ -202,6 +243,48 @@ def test_with_the_clamp_last_it_has_the_last_word(subject: Subject) -> None:
     assert torch.equal(
         undo.margin, case.batch.margin(case.subject.read(case.batch, edits)).double()
     )
+
+
+def test_many_draws_are_what_full_passes_say(made: Made) -> None:
+    """Shares, the best of all and which are as good, of the same vectors run from the embedding."""
+    found, n = made.found, 40
+    told = many_draws(found, PathSpec(margin_draws=n), seed=0)
+    assert told["n"] == n
+    constraint = found.spec.constraint
+    feasible = constraint.feasible(constraint.acting(found.problem))
+    drawn = [noise(found, 0, FIRST + draw) for draw in range(n)]
+    made_of = {
+        "free": [found.scaled(each)[0] for each in drawn],
+        "inside": [bring_inside(found, feasible, each, 1.0)[0] for each in drawn],
+    }
+    for name, deltas in made_of.items():
+        ran = perform(found, [Variant.whole(str(i), delta) for i, delta in enumerate(deltas)])
+        whole, nothing = perform(
+            found, [Variant.whole("a", found.delta), Variant.whole("b", 0 * found.delta)]
+        )
+        margins = torch.stack([each.margin for each in ran])
+        back = (margins > 0).double().mean(0)
+        best = (margins.amax(0) - nothing.margin) / (whole.margin - nothing.margin)
+        own = told[name]
+        assert own["back"]["estimate"] == pytest.approx(float(back.mean()))
+        assert own["any"]["estimate"] == pytest.approx(float((back > 0).double().mean()))
+        middle = float(best.quantile(0.5))
+        assert own["best"]["estimate"] == pytest.approx(middle, abs=1e-3)
+        as_good = float((margins >= whole.margin).double().mean())
+        assert own["as_good"]["estimate"] == pytest.approx(as_good) and as_good < 0.1
+    assert told["free"] != told["inside"]
+
+
+def test_many_draws_need_margins_that_are_the_behavior(made: Made, subject: Subject) -> None:
+    loose = make(subject, kind="unconstrained").found
+    assert many_draws(loose, PathSpec(margin_draws=1), seed=0)["inside"] is None
+    setting = replace(
+        made.found.setting,
+        behavior=Echo(),
+        observed=Echo().observe(made.found.case.subject, made.found.case.batch),
+    )
+    told = many_draws(replace(made.found, setting=setting), PathSpec(), seed=0)
+    assert told["n"] == 0 and "generated text" in told["reason"]
 
 
 def test_nothing_recovered_is_said(made: Made) -> None:

@@ -2,7 +2,8 @@
 
 The residual search, which sees activations, is every audit's own. The others are beside it and
 judged alike: attempts in the prompt, by somebody who can only write to the model, the weaker threat
-model; and a soft suffix, which sees activations and moves only the prompt's side.
+model; answers that are begun for the model, or drawn many times, which search nothing either; and a
+soft suffix, which sees activations and moves only the prompt's side.
 """
 
 from __future__ import annotations
@@ -28,9 +29,15 @@ ATTACKS = Registry(
         "role_play": "holdfast.attacks.role_play:RolePlay",
         "nested": "holdfast.attacks.nested:Nested",
         "multi_turn": "holdfast.attacks.multi_turn:MultiTurn",
+        "prefill": "holdfast.attacks.prefill:Prefill",
+        "sampling": "holdfast.attacks.sampling:Sampling",
         "soft_suffix": "holdfast.attacks.soft_suffix:SoftSuffix",
     },
 )
+
+
+Listed = Literal["trials", "attempts", "answers", "suffixes"]
+"""The lists of a run's summary."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,13 @@ class AttackKind(Kind):
     """An attack. searches: whether it searches as the study's `recovery` says.
 
     Such an attack is an audit's own, with controls and a verdict; the others are run beside it.
+    reads_likelihood: whether it also reads how likely the answers are that it judges.
     listed: in which list of a run's summary its trials stand, by what there is to say of them.
     """
 
     searches: ClassVar[bool] = False
-    listed: ClassVar[Literal["trials", "attempts", "suffixes"]] = "attempts"
+    reads_likelihood: ClassVar[bool] = False
+    listed: ClassVar[Listed] = "attempts"
 
     @property
     def label(self) -> str:
@@ -82,6 +91,12 @@ class AttackKind(Kind):
         """Steps of a search of its own through the whole model, and the tokens it puts into every
         prompt; none of an attempt in words."""
         return 0, 0
+
+    @property
+    def answers(self) -> tuple[int, int, int]:
+        """Answers to every prompt that it judges beside those: with the intervention, without it,
+        and to every opposed prompt without it."""
+        return 0, 0, 0
 
     def check(self, behavior: BehaviorKind) -> None:
         """Raise StudyError where it cannot be made on a behavior. Called when a study is planned,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.conversation import Held
+from holdfast.attacks.opposed import NONE_OPPOSED
 from holdfast.canonical import digest
 from holdfast.controls import Case
 from holdfast.found import dropped_of, funnel_of
@@ -25,7 +26,6 @@ from holdfast.setting import Setting
 NOTHING_MOVED = (
     "nothing is added to the residual stream, so no clamped feature is moved but by other words"
 )
-NONE_OPPOSED = "the study names no prompts on which the model by itself does the opposite"
 NO_WORDING = "without the clamp too, no template brought the behavior"
 
 

@@ -11,11 +11,10 @@ from pydantic import model_validator
 from holdfast.attacks import Attacked, AttackKind, TrialResult
 from holdfast.attacks.attempts import Attempts, examples_of, result_of
 from holdfast.attacks.conversation import hold
+from holdfast.attacks.opposed import opposed_of
 from holdfast.attacks.templates import Script, TemplateFile, sha256_of_own
-from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind
 from holdfast.errors import StudyError
-from holdfast.setting import Setting
 
 
 class InPromptKind(AttackKind):
@@ -89,19 +88,10 @@ class InPromptKind(AttackKind):
         asked = [setting.examples[row] for row in case.rows.tolist()]
         references = setting.observed.replies
         say = partial(hold, case.subject, setting.behavior)
-        opposed = _opposed(setting, setting.behavior)
+        opposed = opposed_of(setting, setting.behavior)
         made = Attempts(setting, case, without={}, clamped={}, turned={})
         for name, script in self.scripts().items():
             made.without[name] = say(script, asked, (), references)
             made.clamped[name] = say(script, asked, case.edits, references)
             made.turned[name] = say(script, opposed)
         return TrialResult(result_of(made), {}, examples_of(made))
-
-
-def _opposed(setting: Setting, behavior: BehaviorKind) -> list[Example]:
-    """The opposed prompts that, asked as they are, do show the opposite."""
-    if not setting.opposed:
-        return []
-    seen = behavior.observe(setting.subject, setting.subject.batch(setting.opposed))
-    kept = zip(setting.opposed, seen.opposite.tolist(), strict=True)
-    return [example for example, opposite in kept if opposite]

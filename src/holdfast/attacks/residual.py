@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdfast.attacks import Attacked, AttackKind, TrialResult
+from holdfast.attacks import Attacked, AttackKind, Listed, TrialResult
 from holdfast.controls import Case
 from holdfast.edits import Perturbation
 from holdfast.errors import StudyError
@@ -32,7 +32,7 @@ class Residual(AttackKind):
 
     kind: Literal["residual"] = "residual"
     searches: ClassVar[bool] = True
-    listed: ClassVar[Literal["trials", "attempts", "suffixes"]] = "trials"
+    listed: ClassVar[Listed] = "trials"
 
     def run(self, attacked: Attacked) -> TrialResult:
         """posed → recovered → verified → read as the behavior reads every other condition → through

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from holdfast.attacks import Attacked, AttackKind, TrialResult
+from holdfast.attacks import Attacked, AttackKind, Listed, TrialResult
 from holdfast.attacks.suffix_found import SuffixFound, examples_of, result_of
 from holdfast.attacks.suffix_search import Objective, climb
 from holdfast.attacks.suffixed import Suffixed
@@ -41,7 +41,7 @@ class SoftSuffix(AttackKind):
     """
 
     kind: Literal["soft_suffix"] = "soft_suffix"
-    listed: ClassVar[Literal["trials", "attempts", "suffixes"]] = "suffixes"
+    listed: ClassVar[Listed] = "suffixes"
     n_tokens: int = Field(16, ge=1)
     weight: float = Field(0.0, ge=0)
     steps: int = Field(100, ge=1)

@@ -13,7 +13,6 @@ from functools import cached_property
 from math import nan
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from holdfast.attacks.suffix_search import Ended
@@ -22,25 +21,16 @@ from holdfast.batch import Batch
 from holdfast.behaviors.observation import Observation
 from holdfast.canonical import digest
 from holdfast.controls import Case
+from holdfast.drift import Drift
 from holdfast.edits import Capture, Edit, Perturbation
 from holdfast.found import dropped_of, funnel_of
 from holdfast.measure import Measurement, median, rate, rate_where
 from holdfast.problem import Problem
 from holdfast.setting import Setting
 from holdfast.sites import Site
-from holdfast.verify import TAU, TINY
 
 ALONE = "brought back by the placeholder alone"
 NO_SCALE = "no held feature is active in the reference or on the fit split"
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Of n prompts, what the held features did at the monitored tokens between two passes, as
-    `verify` defines both; relative is NaN where they have no scale."""
-
-    relative: Tensor
-    preactivation: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,25 +93,10 @@ class SuffixFound:
         return {site: read.at(batch.ids, positions).double() for site, read in reads.items()}
 
     def _between(self, before: Mapping[Site, Tensor], after: Mapping[Site, Tensor]) -> Drift:
-        frame, here = self.prompts.batch.frame(), self.prompts.monitored >= 0
-        change = size = floor = torch.zeros(len(here), dtype=torch.float64, device=here.device)
-        moved = torch.zeros_like(change)
-        for site, bank in self.problem.held.items():
-            rows, x, y = bank.slices(frame), before[site], after[site]
-            own = (bank.valid[rows][:, None] & here[..., None]).double()
-            z_ref, z = (own * bank.activations(h, frame) for h in (x, y))
-            change = change + (z - z_ref).square().sum((1, 2))
-            size = size + z_ref.square().sum((1, 2))
-            scale = self.case.features.median_active(site)
-            medians = [scale.get(group, scale.get("")) or 0.0 for group in frame.groups]
-            n_held = bank.valid[rows].sum(1).double()
-            floor = floor + TAU**2 * n_held * n_held.new_tensor(medians).square()
-            p = bank.preactivations(y, frame) - bank.preactivations(x, frame)
-            length = bank.W_enc.double().norm(dim=1)[rows][:, None].clamp_min(TINY)
-            along = own * p.abs() / (length * x.norm(dim=-1, keepdim=True).clamp_min(TINY))
-            moved = torch.maximum(moved, along.amax((1, 2)))
-        size = torch.maximum(size, floor).sqrt()
-        return Drift(torch.where(size > 0, change.sqrt() / size, torch.nan), moved)
+        held, prompts = self.problem.held, self.prompts
+        scale = {site: self.case.features.median_active(site) for site in held}
+        frame, there = prompts.batch.frame(), prompts.monitored >= 0
+        return Drift.between(held, frame, before, after, there, scale)
 
 
 def result_of(found: SuffixFound) -> dict[str, Any]:

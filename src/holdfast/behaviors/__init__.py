@@ -16,6 +16,7 @@ from holdfast.registry import Registry
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from holdfast.edits import Edit
@@ -138,6 +139,17 @@ class BehaviorKind(Kind):
         """
         margin = batch.margin(subject.read(batch, edits))
         return Observation(shows=margin > 0, opposite=margin <= 0)
+
+    def judged(
+        self,
+        subject: Subject,
+        batch: Batch,
+        tokens: Tensor,
+        references: Sequence[Reply] | None = None,
+    ) -> Observation:
+        """What the replies `tokens` [b n] to the prompts are, however they were made: the rule of
+        `observe`. Only of behaviors that judge replies (`answer_tokens`)."""
+        raise NotImplementedError(f"{self.kind} judges no replies")
 
     def read_again(
         self, subject: Subject, seen: Observation, references: Sequence[Reply] | None = None

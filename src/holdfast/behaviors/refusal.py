@@ -30,6 +30,7 @@ from holdfast.reply import Reply, replies_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from holdfast.subject import Subject
@@ -215,16 +216,25 @@ class Refusal(BehaviorKind):
         edits: Sequence[Edit] = (),
         references: Sequence[Reply] | None = None,
     ) -> Observation:
-        prompts = batch.unforced()
-        made = subject.generate(prompts, edits, self.max_new_tokens)
+        made = subject.generate(batch.unforced(), edits, self.max_new_tokens)
+        return self.judged(subject, batch, made, references)
+
+    def judged(
+        self,
+        subject: Subject,
+        batch: Batch,
+        tokens: Tensor,
+        references: Sequence[Reply] | None = None,
+    ) -> Observation:
         replies = replies_of(
-            subject.tokenizer, prompts.ids, made, prompts=prompts.texts, ends=subject.ends
+            subject.tokenizer, batch.ids, tokens, prompts=batch.texts, ends=subject.ends
         )
         read = self._reading(self.judge or Rules(), replies, references, subject.device)
-        tokens = tuple(
-            tuple(row[: reply.n_tokens]) for row, reply in zip(made.tolist(), replies, strict=True)
+        said = tuple(
+            tuple(row[: reply.n_tokens])
+            for row, reply in zip(tokens.tolist(), replies, strict=True)
         )
-        return Observation(read.shows, read.opposite, read.labels, tuple(replies), tokens)
+        return Observation(read.shows, read.opposite, read.labels, tuple(replies), said)
 
     def read_again(
         self, subject: Subject, seen: Observation, references: Sequence[Reply] | None = None

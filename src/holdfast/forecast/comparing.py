@@ -21,7 +21,7 @@ def n_variants(scene: Scene) -> int:
     assert spec is not None
     scaled = [name for name in MEANINGS if name != "nothing"]
     kept = [name for name in scaled if exact or not name.endswith("_inside")]
-    draws = sum(spec.draws if name.startswith("random") else 1 for name in kept)
+    draws = sum(spec.draws if name.startswith(("random", "transfer")) else 1 for name in kept)
     baselines = 2 + draws * len(spec.scales)  # nothing, and the clamp taken back as it is
     places = [len(scene.sites), min(spec.groups, scene.positions)]
     split = 2 * len(PARTS) + len(PARTS) - 2 if set(scene.sites) <= set(scene.saes) else 0
@@ -29,8 +29,16 @@ def n_variants(scene: Scene) -> int:
     return baselines + 1 + split + undone + sum(2 * n for n in places if n > 1)
 
 
-def comparing(scene: Scene, clamp: Work, gradient: Work) -> Stage:
-    """Nothing where nothing is recovered. clamp: of one pass over the rows; gradient: one step."""
+def _n_margins(scene: Scene) -> int:
+    """How many vectors are run for their margins alone: random ones, inside the constraint too."""
+    spec = scene.trial.paths
+    assert spec is not None
+    return 2 + spec.margin_draws * (2 if scene.search.constraint.exact else 1)
+
+
+def comparing(scene: Scene, clamp: Work, gradient: Work, replayed: Work) -> Stage:
+    """Nothing where nothing is recovered. clamp: of one pass over the rows; gradient: one step;
+    replayed: a step's pass without a gradient."""
     rows, behavior, passes = scene.rows, scene.trial.behavior, scene.passes
     one = passes.full(rows, scene.tokens, behavior.n_read) + clamp
     each = one
@@ -38,6 +46,8 @@ def comparing(scene: Scene, clamp: Work, gradient: Work) -> Stage:
         each = one + passes.generate(rows, scene.prompts.width, behavior.answer_tokens) + clamp
     fit = scene.prompts.n["fit"] + scene.prompts.neighbors["fit"]
     work = each * n_variants(scene) + one * 2 + gradient  # the clamp alone, and what is added to
+    if not behavior.answer_tokens:
+        work += replayed * _n_margins(scene)
     work += passes.full(fit, scene.prompts.width)
     whole = sum(scene.saes[site].n_features for site in scene.sites if site in scene.saes)
     slots = rows * scene.positions

@@ -36,7 +36,8 @@ def stages_of(scene: Scene) -> list[Stage]:
         stages = [elsewhere(scene), *stages]
     if scene.trial.paths is not None:
         clamp = clamped(scene, scene.rows, scene.tokens)
-        stages.append(comparing(scene, clamp, step(scene, scene.rows)))
+        replayed = forwards(scene, scene.rows)
+        stages.append(comparing(scene, clamp, step(scene, scene.rows), replayed))
     return stages
 
 
@@ -114,7 +115,8 @@ def verifying(scene: Scene) -> Stage:
 
 def attempting(scene: Scene) -> Stage:
     """Every script said to every prompt with the clamp and without, and to the opposed prompts that
-    turn the model anyway; each turn generates its answer. Or a search of the attack's own."""
+    turn the model anyway; each turn generates its answer. Or answers to the prompts as they are, or
+    a search of the attack's own."""
     rows, opposed, new = scene.rows, scene.prompts.opposed, scene.trial.behavior.answer_tokens
     made = _observed(scene, opposed, False) if opposed else Work()
     for turns in scene.trial.attack.turns:
@@ -122,6 +124,15 @@ def attempting(scene: Scene) -> Stage:
             tokens = turn * (scene.prompts.width + new) - new
             made += scene.passes.generate(2 * rows + opposed, tokens, new)
             made += clamped(scene, rows, tokens + new)
+    judged, without, beside = scene.trial.attack.answers
+    if judged and new:
+        made += _observed(scene, judged * rows, True)
+        made += _observed(scene, without * rows + beside * opposed, False)
+        if scene.trial.attack.reads_likelihood:
+            every = (judged + without) * rows + beside * opposed
+            made += scene.passes.full(every, scene.prompts.width + new, new)
+    elif judged:  # drawn from the logits of one pass each
+        made += _observed(scene, rows, True) + _observed(scene, rows, False)
     steps, added = scene.trial.attack.climbs
     if steps:
         tokens, n_read = scene.prompts.width + added, scene.trial.behavior.n_read
@@ -135,9 +146,15 @@ def step(scene: Scene, lanes: float, at_least: bool = False) -> Work:
     """One step of the search with so many lanes, without launches: forward to what is read, back to
     the perturbation, and onto the constraint."""
     first, columns, tokens = scene.sites[0].depth, scene.columns, scene.tokens
-    run = scene.passes.replay(lanes, first, columns, tokens, scene.n_logits, _read_depth(scene))
+    run = forwards(scene, lanes)
     again = scene.passes.replay(lanes, first, columns, tokens, last=scene.last_held.depth)
     return run * 2 + again * _repeats(scene, at_least) + _slices(scene, lanes)
+
+
+def forwards(scene: Scene, lanes: float) -> Work:
+    """The pass of one step, without launches."""
+    first, columns, tokens = scene.sites[0].depth, scene.columns, scene.tokens
+    return scene.passes.replay(lanes, first, columns, tokens, scene.n_logits, _read_depth(scene))
 
 
 def _steps(scene: Scene, steps: int, lanes: float, at_least: bool = False) -> Work:

@@ -138,8 +138,8 @@ class AuditData:
 @dataclass(frozen=True)
 class ReportData:
     """Everything a report shows. unfinished: what is known to be missing, by name; attempts: in the
-    prompt, and suffixes, which no audit's verdict is read from; people: what people's labels amount
-    to, a sheet each; texts: empty unless they are to be revealed."""
+    prompt, answers that were begun or drawn, and suffixes, which no verdict is read from; people:
+    what people's labels amount to, a sheet each; texts: empty unless they are to be revealed."""
 
     study: str
     study_hash: str
@@ -150,6 +150,7 @@ class ReportData:
     n_done: int
     unfinished: tuple[str, ...]
     attempts: tuple[Attempt, ...] = ()
+    answers: tuple[Attempt, ...] = ()
     suffixes: tuple[Attempt, ...] = ()
     people: tuple[Mapping[str, Any], ...] = ()
     texts: Texts = field(default_factory=dict)
@@ -162,7 +163,8 @@ class ReportData:
     def records(self) -> tuple[Mapping[str, Any], ...]:
         """Of every finished trial, attempts included."""
         searches = tuple(arm.record for arm in self.arms)
-        return searches + tuple(each.record for each in (*self.attempts, *self.suffixes))
+        beside = (*self.attempts, *self.answers, *self.suffixes)
+        return searches + tuple(each.record for each in beside)
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -194,6 +196,7 @@ def gather(store: RunFolder, plan: Plan, texts: Texts | None = None) -> ReportDa
         if trial.searches
     }
     attempts = _beside(store, done, summary, "attempts", "template")
+    answers = _beside(store, done, summary, "answers", "arm")
     suffixes = _beside(store, done, summary, "suffixes", "outcome")
     known = {audit.name: audit for audit in plan.study.audits}
     names = dict.fromkeys(trial.audit for trial in done if trial.is_audit)
@@ -207,6 +210,7 @@ def gather(store: RunFolder, plan: Plan, texts: Texts | None = None) -> ReportDa
         n_done=len(done),
         unfinished=unfinished,
         attempts=attempts,
+        answers=answers,
         suffixes=suffixes,
         people=tuple(store.audits()),
         texts=texts or {},

@@ -13,6 +13,7 @@ from holdfast.report.section import Section
 COLORS = {
     "random": "#8a8f98",
     "undo": "#e8702a",
+    "transfer": "#8250c4",
     "answer_mean": "#d0479f",
     "gradient": "#12a594",
 }
@@ -32,7 +33,8 @@ def section(data: ReportData) -> Section | None:
         audits.append(
             {
                 "name": audit.name, "label": point.label, "paths": paths, "rows": rows,
-                "scales": paths["spec"]["scales"], "figure": drawn, "best": _best(rows),
+                "scales": paths["spec"]["scales"], "figure": drawn,
+                "random": paths.get("random"), "best": _best(rows),
                 "as_is": next(row for row in paths["baselines"] if row["name"] == "undo"),
                 "found": next(row for row in paths["variants"] if row["name"] == "all"),
                 "holds": not point.free and not point.leaks,

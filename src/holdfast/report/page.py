@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from holdfast.planning import Plan
 from holdfast.report import (
+    answers,
     attempts,
     clamped,
     drift,
@@ -40,7 +41,7 @@ from holdfast.store import RunFolder, write_atomic
 
 SECTIONS = (
     verdicts, preflight, funnel, norms, forcing, path, sweeps, error_term, strata, drift, steps,
-    judges, known_answer, attempts, soft_suffix, side_effects, clamped, prompts, limits,
+    judges, known_answer, attempts, answers, soft_suffix, side_effects, clamped, prompts, limits,
     provenance,
 )  # fmt: skip
 PICTURE = "picture.svg"
