@@ -3,6 +3,7 @@ other, and what the heads attend to (METHODS K.5)."""
 
 from __future__ import annotations
 
+from math import isnan
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def _top(
             condition: {answer: float(values[layer, head]) for answer, values in of.items()}
             for condition, of in paid.items()
         }
-        to = attends["clean"]
+        to = {answer: 0.0 if isnan(share) else share for answer, share in attends["clean"].items()}
         rows.append(
             {
                 "layer": layer, "head": head, "carrier": index in largest.tolist(),

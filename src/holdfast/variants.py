@@ -34,13 +34,22 @@ class PathSpec(Config):
     scales: norms of the baselines, as multiples of the recovery's; draws: random directions for
     each prompt; top: how many of the features that change most make a part of their own; groups:
     into how many groups of neighboring positions the perturbed ones are put, where there are
-    several. every: for every constraint of the audit, not for the one its verdict is read from.
+    several. part_scales: norms that the parts of a recovery are brought to, as multiples of its
+    own; principal: dimensions of the subspace in which clean residuals vary most. likes: beside the
+    parts, those found for other prompts and random vectors of the same subspaces; routes: with
+    later attention and MLPs kept as they were; heads: direct attribution, head by head. every: for
+    every constraint of the audit, not for the one its verdict is read from.
     """
 
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0, 4.0), min_length=1)
     draws: int = Field(2, ge=1)
     top: int = Field(10, ge=1)
     groups: int = Field(4, ge=1)
+    part_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
+    principal: int = Field(16, ge=1)
+    likes: bool = True
+    routes: bool = True
+    heads: bool = True
     every: bool = False
 
 

@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 from holdfast.parts import EXACT
-from holdfast.paths import ALONG, ROWS
+from holdfast.replays import ALONG, ROWS
 from holdfast.report.data import ReportData, is_number
 from holdfast.report.figures import Figure, figure
 from holdfast.report.forcing import compared
