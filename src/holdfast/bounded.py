@@ -26,8 +26,8 @@ from holdfast.variants import Recovered
 
 SUBSPACES = ("seen", "sparse", "encoder", "principal")
 """seen: decoder rows of features active with or without the vector; sparse: a non-negative code of
-as many decoder rows as are active there in the mean; encoder: encoder columns of active features;
-principal: directions in which clean residuals of the fit split vary most."""
+a few decoder rows, no more than are active there in the mean; encoder: encoder columns of active
+features; principal: directions in which clean residuals of the fit split vary most."""
 
 _ENTRIES = 2**24
 """Codes held at a time: 64 MB in float32."""
@@ -68,9 +68,12 @@ class Components:
         return cls(basis, share)
 
 
-def bounded(found: Recovered, components: Components | None, seed: int) -> dict[str, Bounded]:
-    """Of `SUBSPACES` → its part; `principal` only where there are components. Reads each site's
-    whole SAE once. Raises SAEError where a perturbed site has no SAE."""
+def bounded(
+    found: Recovered, components: Components | None, atoms: int, seed: int
+) -> dict[str, Bounded]:
+    """Of `SUBSPACES` → its part; `principal` only where there are components. atoms: most decoder
+    rows of a sparse code. Reads each site's whole SAE once. Raises SAEError where a perturbed site
+    has no SAE."""
     n, p = found.positions.shape
     drawn = _noise(found, seed)
     laid: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -80,7 +83,7 @@ def bounded(found: Recovered, components: Components | None, seed: int) -> dict[
         noise = drawn[:, index * p : (index + 1) * p].flatten(0, 1)
         basis = None if components is None else components.basis[site]
         x, there = h.flatten(0, 1), (found.positions >= 0).flatten()
-        made = _of_site(sae, x, delta, there, noise, basis, found.case.subject.model.dtype)
+        made = _of_site(sae, x, delta, there, noise, basis, atoms, found.case.subject.model.dtype)
         for name, (part, rank, within) in made.items():
             pieces = (part.view(n, p, -1), rank.view(n, p), within.view(n, p, -1))
             laid.setdefault(name, []).append(pieces)
@@ -92,16 +95,16 @@ def bounded(found: Recovered, components: Components | None, seed: int) -> dict[
 
 def _of_site(
     sae: SAE, h: Tensor, delta: Tensor, there: Tensor, noise: Tensor, components: Tensor | None,
-    dtype: torch.dtype,
+    atoms: int, dtype: torch.dtype,
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """name → part [m d], rank [m], noise [m d] at the m slots of a site."""
     active, l0 = _active(sae, h, delta, there, dtype)
     vectors = torch.stack([delta.double(), noise.double()], 1)  # [m 2 d]
     columns = sae.inputs.fold(sae.W_enc) if sae.inputs.affine else sae.W_enc
-    code = pursue(delta, sae.W_dec, max(1, round(l0)))
+    code = pursue(delta, sae.W_dec, max(1, min(atoms, round(l0))))
     bases: dict[str, Iterator[Tensor]] = {
         "seen": (_basis(sae.W_dec[on].T) for on in active),
-        "sparse": (_basis(sae.W_dec[atoms[atoms >= 0]].T) for atoms in code.atoms),
+        "sparse": (_basis(sae.W_dec[own[own >= 0]].T) for own in code.atoms),
         "encoder": (_basis(columns[:, on]) for on in active),
     }
     if components is not None:

@@ -68,7 +68,7 @@ def follow(found: Recovered, spec: PathSpec, seed: int, rows: Tensor | None = No
     missing = [str(s) for s in found.problem.sites if s not in found.case.subject.saes]
     components = _components(found, spec)
     exact = None if missing else split(found, spec.top)
-    subspaces = {} if missing else bounded(found, components, seed)
+    subspaces = {} if missing else bounded(found, components, spec.atoms, seed)
     parts = {} if exact is None else parts_of(exact, subspaces)
     others = baselines(found, spec, seed)
     own = [whole(found), *of_parts(found, parts, spec)]
@@ -92,7 +92,9 @@ def follow(found: Recovered, spec: PathSpec, seed: int, rows: Tensor | None = No
         "explained": None
         if exact is None
         else _plain(median("explained", "share", exact.explained, clusters)),
-        "rank": None if exact is None else float(exact.rank.double().mean()),
+        "rank": None
+        if exact is None
+        else float(exact.rank[found.problem.perturbed].double().mean()),
         "principal_variance": None
         if components is None
         else {str(site): share for site, share in components.share.items()},

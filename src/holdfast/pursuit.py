@@ -40,6 +40,7 @@ def pursue(targets: Tensor, rows: Tensor, k: int) -> Code:
     atoms = torch.full((m, k), -1, dtype=torch.long, device=device)
     units = torch.zeros(m, k, d, dtype=torch.float64, device=device)
     weights = torch.zeros(m, k, dtype=torch.float64, device=device)
+    gram, to = torch.zeros(m, k, k, dtype=torch.float64, device=device), torch.zeros_like(weights)
     left = x.clone()
     least = ROUNDS * x.norm(dim=1)
     for step in range(k):
@@ -50,11 +51,15 @@ def pursue(targets: Tensor, rows: Tensor, k: int) -> Code:
         atoms[:, step] = torch.where(going, best, -1)
         unit = rows[best].double() / length[best, None].double().clamp_min(1e-30)
         units[:, step] = unit * going[:, None]
-        weights = _refit(units[:, : step + 1], x, weights, step)
-        left = x - torch.einsum("mk,mkd->md", weights, units)
-    taken = weights > 0
+        taken = slice(step + 1)
+        inner = torch.einsum("mjd,md->mj", units[:, taken], units[:, step])
+        gram[:, taken, step] = gram[:, step, taken] = inner
+        to[:, step] = (units[:, step] * x).sum(1)
+        weights[:, taken] = _refit(gram[:, taken, taken], to[:, taken], weights[:, taken])
+        left = x - torch.einsum("mk,mkd->md", weights[:, taken], units[:, taken])
+    used = weights > 0
     scale = length[atoms.clamp(min=0)].double().clamp_min(1e-30)
-    return Code(torch.where(taken, atoms, -1), weights / scale * taken, x - left)
+    return Code(torch.where(used, atoms, -1), weights / scale * used, x - left)
 
 
 def _most_along(left: Tensor, rows: Tensor, length: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,31 +81,32 @@ def _most_along(left: Tensor, rows: Tensor, length: Tensor, taken: Tensor) -> tu
     return best, index
 
 
-def _refit(units: Tensor, x: Tensor, weights: Tensor, new: int) -> Tensor:
-    """Non-negative least squares of x [m d] on units [m j d], from weights [m k] that were fitted
-    without column `new`, which points along what they leave. A column that turns out to be in the
-    way gets no weight."""
-    j = units.shape[1]
-    gram, to = units @ units.mT, torch.einsum("mjd,md->mj", units, x)
-    now = weights[:, :j].clone()
+def _refit(gram: Tensor, to: Tensor, weights: Tensor) -> Tensor:
+    """[m j] non-negative least squares on j units, from weights [m j] that were fitted without the
+    last unit, which points along what they leave; a unit that turns out to be in the way gets none.
+
+    gram [m j j]: inner products of the units, to [m j]: with the vectors that are fitted.
+    """
+    j = gram.shape[1]
+    now = weights.clone()
     used = now > 0
-    used[:, new] = units[:, new].square().sum(-1) > 0
-    eye = torch.eye(j, dtype=x.dtype, device=x.device)
-    for _ in range(j):
-        both = used[:, :, None] & used[:, None, :]
-        # Rows in use that depend on each other have no one solution: a trace of ridge gives one.
-        system = torch.where(both, gram, 0.0) + torch.diag_embed((~used).double()) + 1e-12 * eye
-        free = torch.linalg.solve(system, torch.where(used, to, 0.0)[..., None])[..., 0]
-        below = used & (free <= 0)
-        if not bool(below.any()):
-            now = torch.where(used, free, 0.0)
+    used[:, -1] = gram[:, -1, -1] > 0
+    eye = torch.eye(j, dtype=gram.dtype, device=gram.device)
+    rows = torch.arange(len(gram), device=gram.device)
+    for _ in range(j):  # a round takes at least one unit away from every row that needs another
+        own, have = used[rows], now[rows]
+        both = own[:, :, None] & own[:, None, :]
+        # Units in use that depend on each other have no one solution: a trace of ridge gives one.
+        system = torch.where(both, gram[rows], 0.0) + torch.diag_embed((~own).double())
+        free = torch.linalg.solve(system + 1e-12 * eye, torch.where(own, to[rows], 0.0))
+        below = own & (free <= 0)
+        step = torch.where(below, have / (have - free).clamp_min(1e-300), 1.0).amin(1, keepdim=True)
+        # At least the unit that stopped the step goes, whatever rounding leaves of it.
+        stopped = below & (have <= step * (have - free) * (1 + 1e-12))
+        moved = (have + step * (free - have)).clamp_min(0)
+        now[rows] = torch.where(own & ~stopped, moved, 0.0)
+        used[rows] = own & ~stopped
+        rows = rows[below.any(1)]
+        if not len(rows):
             break
-        step = torch.where(below, now / (now - free).clamp_min(1e-300), 1.0).amin(1, keepdim=True)
-        moved = now + step * (free - now)
-        # At least the column that stopped the step goes, whatever rounding leaves of it.
-        stopped = below & (now <= step * (now - free) * (1 + 1e-12))
-        now = torch.where(used & ~stopped, moved.clamp_min(0), 0.0)
-        used = used & ~stopped
-    made = weights.clone()
-    made[:, :j] = now
-    return made
+    return now
