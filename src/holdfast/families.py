@@ -25,6 +25,10 @@ class Family:
     whether a router sends each token to some experts. Routing is discrete: gradients see only the
     experts that were chosen, so a search over perturbations cannot see past a change of route.
 
+    heads, attends, mlp: dotted paths below a block. heads: the linear map that attention's heads,
+    side by side, go through; attends, mlp: the modules whose output is what attention and MLP add
+    to the residual, a norm after them included. A block adds nothing else.
+
     The unembedding is what transformers names the model's output embeddings: its path changes
     between versions (GPT-NeoX), that name does not.
     """
@@ -34,6 +38,9 @@ class Family:
     logit_softcap: str | None = None
     attention: tuple[str, ...] = ("sdpa", "eager")
     moe: bool = False
+    heads: str = "self_attn.o_proj"
+    attends: str = "self_attn"
+    mlp: str = "mlp"
 
     def blocks_of(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks. Raises SubjectError saying what is there instead and what to add."""
@@ -51,6 +58,13 @@ class Family:
         tokens [n m]: only theirs are computed, `[n m]` of a residual `[n d_model]`. With a large
         vocabulary all of them cost as much as several blocks.
         """
+        norm = self.final_norm_of(model)
+        logits = _unembedded(model.get_output_embeddings(), norm(resid), tokens)
+        cap = self.softcap_of(model)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def final_norm_of(self, model: nn.Module) -> nn.Module:
+        """The norm before the unembedding. Raises SubjectError saying what is there instead."""
         norm = _descend(model, self.final_norm)
         if norm is None:
             raise SubjectError(
@@ -58,10 +72,36 @@ class Family:
                 f"{_where_it_ends(model, self.final_norm)}. Correct `final_norm` in the family's "
                 "row of holdfast/families.py"
             )
-        logits = _unembedded(model.get_output_embeddings(), norm(resid), tokens)
+        return norm
+
+    def softcap_of(self, model: Any) -> float | None:
+        """What logits are bent to stay below, None where they are not."""
         text = model.config.get_text_config()
-        cap = getattr(text, self.logit_softcap, None) if self.logit_softcap else None
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return getattr(text, self.logit_softcap, None) if self.logit_softcap else None
+
+    @property
+    def norms_attention(self) -> bool:
+        """Whether a norm stands between attention and what it adds to the residual."""
+        return not self.heads.startswith(f"{self.attends}.")
+
+    def inside(self, model: nn.Module, path: str) -> list[nn.Module]:
+        """The module at a path of this row (`heads`, `attends`, `mlp`) in every block, in order.
+
+        Raises SubjectError saying what is there instead.
+        """
+        found = []
+        for block in self.blocks_of(model):
+            # A block may stand inside another one, as in the known-answer subjects.
+            own = [m for name, m in block.named_modules() if f".{name}".endswith(f".{path}")]
+            module = own[0] if len(own) == 1 else _descend(block, path)
+            if module is None:
+                raise SubjectError(
+                    f"a block of {type(model).__name__} has nothing at {path!r}: "
+                    f"{_where_it_ends(block, path)}. Correct `heads`, `attends` and `mlp` in the "
+                    "family's row of holdfast/families.py"
+                )
+            found.append(module)
+        return found
 
     def attention_for(self, asked: str | None = None) -> str:
         """The attention implementation to use. Raises SubjectError if it gets the family wrong."""
@@ -78,9 +118,16 @@ def d_model_of(config: Any) -> int:
     return int(config.get_text_config().hidden_size)
 
 
+NORMED: dict[str, Any] = {
+    "attends": "post_attention_layernorm", "mlp": "post_feedforward_layernorm",
+}  # fmt: skip
+"""Of blocks that norm what attention and MLP give before they add it."""
+
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer.h", "transformer.ln_f"),
-    "gpt_neox": Family("gpt_neox.layers", "gpt_neox.final_layer_norm"),
+    "gpt2": Family("transformer.h", "transformer.ln_f", heads="attn.c_proj", attends="attn"),
+    "gpt_neox": Family(
+        "gpt_neox.layers", "gpt_neox.final_layer_norm", heads="attention.dense", attends="attention"
+    ),
     "llama": Family("model.layers", "model.norm"),
     "mistral": Family("model.layers", "model.norm"),
     "mixtral": Family("model.layers", "model.norm", moe=True),
@@ -88,10 +135,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("model.layers", "model.norm"),
     "qwen3_moe": Family("model.layers", "model.norm", moe=True),
     "phi3": Family("model.layers", "model.norm"),
-    "gemma2": Family("model.layers", "model.norm", "final_logit_softcapping", ("eager",)),
-    "gemma3_text": Family("model.layers", "model.norm", "final_logit_softcapping"),
+    "gemma2": Family("model.layers", "model.norm", "final_logit_softcapping", ("eager",), **NORMED),
+    "gemma3_text": Family("model.layers", "model.norm", "final_logit_softcapping", **NORMED),
     # The wrapper that also sees images applies no soft-cap to its logits.
-    "gemma3": Family("model.language_model.layers", "model.language_model.norm"),
+    "gemma3": Family("model.language_model.layers", "model.language_model.norm", **NORMED),
 }
 
 

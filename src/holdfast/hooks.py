@@ -152,6 +152,45 @@ def attached(
         calls.check_reached()
 
 
+See = Callable[[int, tuple[Any, ...], Any], Any]
+"""Told a module's place in its list, the arguments it was called with, and what it returned; what
+it gives back stands in for that, None for no change."""
+
+
+@contextmanager
+def tapped(*taps: tuple[Sequence[nn.Module], See]) -> Iterator[None]:
+    """Watch, or stand in for, what modules inside the blocks return, inside a `with` block.
+
+    Edits act on the residual stream between blocks and are what a study can ask for; this is for
+    measuring what the parts of a block do. Raises EditError if a module was never called.
+    """
+    called: dict[tuple[int, int], int] = defaultdict(int)
+    handles = []
+    try:
+        for tap, (modules, see) in enumerate(taps):
+            for index, module in enumerate(modules):
+
+                def after(
+                    module: nn.Module, args: tuple[Any, ...], output: Any,
+                    tap: int = tap, index: int = index, see: See = see,
+                ) -> Any:  # fmt: skip
+                    called[tap, index] += 1
+                    return see(index, args, output)
+
+                handles.append(module.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for tap, (modules, _) in enumerate(taps):
+        missing = [index for index in range(len(modules)) if not called[tap, index]]
+        if missing:
+            raise EditError(
+                f"{type(modules[missing[0]]).__name__} of block {missing[0]} was never called in "
+                "this pass, so that nothing could be read from it"
+            )
+
+
 def record_calls(
     blocks: nn.ModuleList, run: Callable[[], None]
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

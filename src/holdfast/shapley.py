@@ -1,4 +1,4 @@
-"""Shapley values: how a joint effect divides among those who made it."""
+"""How a joint effect divides among those who made it: Shapley values, and what pairs add."""
 
 from __future__ import annotations
 
@@ -37,4 +37,21 @@ def shapley(values: Mapping[Coalition, Tensor]) -> dict[str, Tensor]:
             for c in coalitions(others)
         ]
         made[player] = sum(gains[1:], gains[0])
+    return made
+
+
+def interactions(values: Mapping[Coalition, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Pair of players → [n] what both achieve beyond what each does by itself,
+    f(AB) − f(A) − f(B) + f(nobody): 0 where effects add, below where one does the other's work.
+
+    values: coalition → [n] what it achieves. Raises ValueError if a coalition is missing.
+    """
+    players = sorted(frozenset[str]().union(*values))
+    made = {}
+    for a, b in combinations(players, 2):
+        four = [frozenset({a, b}), frozenset({a}), frozenset({b}), frozenset[str]()]
+        if missing := [sorted(c) for c in four if c not in values]:
+            raise ValueError(f"interactions need every pair and player; {missing[0]} is missing")
+        both, first, second, nobody = (values[c] for c in four)
+        made[a, b] = both - first - second + nobody
     return made

@@ -35,8 +35,12 @@ class PathSpec(Config):
     other prompts' vectors, for each prompt; margin_draws: random directions more, run for their
     margins alone where these are the behavior; top: how many of the features that change most make
     a part of their own; groups: into how many groups of neighboring positions the perturbed ones
-    are put, where there are several. every: for every constraint of the audit, not for the one its
-    verdict is read from.
+    are put, where there are several. part_scales: norms that the parts of a recovery are brought
+    to, as multiples of its own; atoms: most decoder rows of a sparse code of the vector; principal:
+    dimensions of the subspace in which clean residuals vary most. likes: beside the parts, those
+    found for other prompts and random vectors of the same subspaces; routes: with later attention
+    and MLPs kept as they were; heads: direct attribution, head by head. every: for every constraint
+    of the audit, not for the one its verdict is read from.
     """
 
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0, 4.0), min_length=1)
@@ -44,6 +48,12 @@ class PathSpec(Config):
     margin_draws: int = Field(100, ge=1)
     top: int = Field(10, ge=1)
     groups: int = Field(4, ge=1)
+    part_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
+    atoms: int = Field(32, ge=1)
+    principal: int = Field(16, ge=1)
+    likes: bool = True
+    routes: bool = True
+    heads: bool = True
     every: bool = False
 
 

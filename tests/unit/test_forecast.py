@@ -337,10 +337,12 @@ def test_every_variant_of_a_recovery_is_counted(tmp_path: Path) -> None:
     features = features_at((SITE,))
     clamp = FeatureEdit(FeatureBank.of(subject.sae(SITE), features), "set", 1.0)
     setting = set_up(subject, tiny_batch(subject, 4), features, (clamp,))
-    for kind in ("encoder_null", "unconstrained"):
+    setting = replace(setting, fit=tiny_batch(subject, 8, seed=1))
+    few = PathSpec(scales=(1.0, 3.0), draws=3, groups=2)
+    many = PathSpec(draws=1, groups=3, part_scales=(0.5, 1.0), likes=False, heads=False)
+    for kind, spec in (("encoder_null", few), ("unconstrained", many)):
         for where in ("last_prompt", "all"):
             found = search(setting, kind, perturb={"positions": where})
-            spec = PathSpec(scales=(1.0, 3.0), draws=3, groups=2)
             record = follow(found, spec, 0).record
             run = sum(row["draws"] for row in record["baselines"] + record["variants"])
             sets = [f'recovery.constraint.kind="{kind}"', f'recovery.perturb.positions="{where}"']
@@ -351,13 +353,20 @@ def test_every_variant_of_a_recovery_is_counted(tmp_path: Path) -> None:
 
 def test_what_is_compared_costs_where_something_is_recovered(paper: Scene) -> None:
     device = gpu("h100", "float32")
-    trial = paper.trial.model_copy(update={"paths": PathSpec()})
-    alone, beside = (forecast(s, device, []) for s in (paper, replace(paper, trial=trial)))
-    fifty = paper.passes.full(paper.rows, paper.tokens).flops * n_variants(beside.scene)
+    specs = (None, PathSpec(routes=False, heads=False), PathSpec(heads=False), PathSpec())
+    trials = [paper.trial.model_copy(update={"paths": spec}) for spec in specs]
+    alone, added, routed, whole = (forecast(replace(paper, trial=t), device, []) for t in trials)
+    one = paper.passes.full(paper.rows, paper.tokens).flops
+    gradients = 10 * step(paper, paper.rows).flops
     # A hundred random directions for their margins, anywhere and inside; the clamp and the vector.
     margins = forwards(paper, paper.rows).flops * 202
-    assert beside.found.flops - alone.found.flops == pytest.approx(fifty + margins, rel=0.2)
-    assert beside.not_found == alone.not_found
+    many = one * n_variants(added.scene) + gradients + margins
+    assert added.found.flops - alone.found.flops == pytest.approx(many, rel=0.2)
+    # Two passes that keep what is then kept in four, and the lens; clean, suppressed, recovered,
+    # once for what is written and once for where attention looks, and whom it is read against.
+    assert (routed.found.flops - added.found.flops) / one == pytest.approx(7, rel=0.1)
+    assert (whole.found.flops - routed.found.flops) / one == pytest.approx(7, rel=0.1)
+    assert whole.not_found == alone.not_found
 
 
 def test_probes_are_read_where_they_are_and_no_further(tmp_path: Path) -> None:

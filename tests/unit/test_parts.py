@@ -270,9 +270,9 @@ def deep() -> Recovered:
 
 
 def test_places_are_told_apart_and_put_together_again(deep: Recovered) -> None:
-    from holdfast.paths import _of_places
+    from holdfast.replays import of_places
 
-    places = {v.name: v.draws[0] for v in _of_places(deep, PathSpec(groups=3))}
+    places = {v.name: v.draws[0] for v in of_places(deep, PathSpec(groups=3))}
     alone = {name: delta for name, delta in places.items() if name.startswith("at ")}
     assert set(alone) == {
         f"at {Site(1)}", f"at {Site(2)}", "at positions 1 of 3", "at positions 2 of 3",
@@ -310,9 +310,9 @@ def test_a_site_without_an_sae_is_not_split_and_says_so(deep: Recovered) -> None
 
 
 def undone(found: Recovered) -> dict[str, Tensor]:
-    from holdfast.paths import _of_undo
+    from holdfast.replays import of_undo
 
-    return {v.name: v.draws[0] for v in _of_undo(found)}
+    return {v.name: v.draws[0] for v in of_undo(found)}
 
 
 def test_what_takes_the_clamp_back_is_projected_out_slot_by_slot(found: Recovered) -> None:

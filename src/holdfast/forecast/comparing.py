@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from holdfast.baselines import MEANINGS
+from holdfast.bounded import SUBSPACES
+from holdfast.direct import CONDITIONS
 from holdfast.forecast.scene import Scene
 from holdfast.forecast.work import Stage, Work
 from holdfast.parts import EXACT
-from holdfast.paths import ALONG, ROWS
-
-PARTS = (*EXACT, "top", "seen", "unseen")
-"""Each is added as it is and at the vector's norm; all but the last two are also left out."""
+from holdfast.predicted import STEPS
+from holdfast.replays import ALONG, PARTS, ROWS
+from holdfast.routes import FROZEN
 
 PRODUCTS = 16
 """Times a slot's vector meets the whole SAE: re-encoded with each part, and decoded again."""
@@ -24,9 +25,14 @@ def n_variants(scene: Scene) -> int:
     draws = sum(spec.draws if name.startswith(("random", "transfer")) else 1 for name in kept)
     baselines = 2 + draws * len(spec.scales)  # nothing, and the clamp taken back as it is
     places = [len(scene.sites), min(spec.groups, scene.positions)]
-    split = 2 * len(PARTS) + len(PARTS) - 2 if set(scene.sites) <= set(scene.saes) else 0
+    split = 0
+    if set(scene.sites) <= set(scene.saes):
+        # As it is and at each norm; all but the projection and its rest are also left out.
+        split = len(PARTS) * (2 + len(spec.part_scales)) - 2
+        split += len(EXACT) + len(SUBSPACES) if spec.likes else 0
     undone = 2 * len((ROWS, ALONG))  # what of it takes the clamp back, alone and left out
-    return baselines + 1 + split + undone + sum(2 * n for n in places if n > 1)
+    # Alone, left out, and up to it where that is something else.
+    return baselines + 1 + split + undone + sum(3 * n - 2 for n in places if n > 1)
 
 
 def _n_margins(scene: Scene) -> int:
@@ -39,16 +45,19 @@ def _n_margins(scene: Scene) -> int:
 def comparing(scene: Scene, clamp: Work, gradient: Work, replayed: Work) -> Stage:
     """Nothing where nothing is recovered. clamp: of one pass over the rows; gradient: one step;
     replayed: a step's pass without a gradient."""
-    rows, behavior, passes = scene.rows, scene.trial.behavior, scene.passes
+    rows, behavior, passes, spec = scene.rows, scene.trial.behavior, scene.passes, scene.trial.paths
+    assert spec is not None
     one = passes.full(rows, scene.tokens, behavior.n_read) + clamp
     each = one
     if behavior.answer_tokens:
         each = one + passes.generate(rows, scene.prompts.width, behavior.answer_tokens) + clamp
     fit = scene.prompts.n["fit"] + scene.prompts.neighbors["fit"]
-    work = each * n_variants(scene) + one * 2 + gradient  # the clamp alone, and what is added to
+    # The clamp alone, and what is added to; then the passes that look inside.
+    n_inside = 2 + (len(FROZEN) + 3 if spec.routes else 0) + (2 * len(CONDITIONS) + 1) * spec.heads
+    work = each * n_variants(scene) + one * (1 + n_inside) + gradient * (2 + STEPS)
     if not behavior.answer_tokens:
         work += replayed * _n_margins(scene)
-    work += passes.full(fit, scene.prompts.width)
+    work += passes.full(fit, scene.prompts.width) * 2
     whole = sum(scene.saes[site].n_features for site in scene.sites if site in scene.saes)
     slots = rows * scene.positions
     work += Work(flops32=2 * PRODUCTS * scene.model.d_model * whole * slots)

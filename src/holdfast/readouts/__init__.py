@@ -36,6 +36,11 @@ class Readout(Protocol):
         ...
 
     @property
+    def unembeds(self) -> bool:
+        """Whether scores are logits: the final residual, normed and unembedded."""
+        ...
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a record says of it, as plain JSON types."""
         ...

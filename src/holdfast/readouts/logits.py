@@ -21,6 +21,7 @@ class Logits:
     """A score for every token of the vocabulary, of which one is given."""
 
     exclusive = True
+    unembeds = True
 
     @property
     def facts(self) -> dict[str, Any]:

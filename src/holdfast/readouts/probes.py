@@ -82,6 +82,7 @@ class Probes:
     validation: tuple[float, ...] = ()
 
     exclusive = False
+    unembeds = False
 
     @classmethod
     def unfitted(cls, site: Site, classes: Sequence[str], d_model: int) -> Probes:

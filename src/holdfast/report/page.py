@@ -19,6 +19,7 @@ from holdfast.report import (
     error_term,
     forcing,
     funnel,
+    heads,
     judges,
     known_answer,
     limits,
@@ -40,8 +41,9 @@ from holdfast.report.picture import draw
 from holdfast.store import RunFolder, write_atomic
 
 SECTIONS = (
-    verdicts, preflight, funnel, norms, forcing, path, sweeps, error_term, strata, drift, steps,
-    judges, known_answer, attempts, answers, soft_suffix, side_effects, clamped, prompts, limits,
+    verdicts, preflight, funnel, norms, forcing, path, heads, sweeps, error_term, strata, drift,
+    steps, judges, known_answer, attempts, answers, soft_suffix, side_effects, clamped, prompts,
+    limits,
     provenance,
 )  # fmt: skip
 PICTURE = "picture.svg"

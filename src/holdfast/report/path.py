@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from textwrap import wrap
 from typing import Any
 
 from holdfast.parts import EXACT
-from holdfast.paths import ALONG, ROWS
+from holdfast.replays import ALONG, ROWS
 from holdfast.report.data import ReportData, is_number
-from holdfast.report.figures import Figure, figure
+from holdfast.report.figures import DASHES, Figure, figure, label_safe
 from holdfast.report.forcing import compared
 from holdfast.report.section import Section
 
@@ -21,6 +21,20 @@ NAMES: Mapping[str, str] = {
     "top": "the features that change most",
     "seen": "projection on active decoder rows",
     "unseen": "the rest, orthogonal to it",
+    "sparse": "a few decoder rows, none subtracted",
+    "encoder": "projection on active encoder columns",
+    "principal": "where residuals vary most",
+}
+DIRECTIONS: Mapping[str, str] = {
+    "undo": "the clamp's displacement, taken back",
+    "answer_mean": "difference in means towards the answer",
+    "gradient_inside": "the margin's gradient, inside the constraint",
+}
+ROUTES: Mapping[str, str] = {
+    "direct": "nothing but the vector itself",
+    "no attention": "later MLPs answer, attention adds what it did",
+    "no mlps": "later attention answers, MLPs add what they did",
+    "no patterns": "attention looks where it did, all else answers",
 }
 COLORS = {"alone": "#1f8ad2", "matched": "#12a594", "without": "#e8702a"}
 
@@ -34,12 +48,16 @@ def section(data: ReportData) -> Section | None:
             continue
         rows = _rows(paths)
         drawn = _figure(len(audits), audit.name, rows) if rows else None
-        figures += [drawn] if drawn else []
+        curves = _curves(len(audits), audit.name, rows)
+        figures += [each for each in (drawn, curves) if each]
         audits.append(
             {
                 "name": audit.name, "label": point.label, "paths": paths, "rows": rows,
-                "figure": drawn, "places": _places(paths), "undo": _undo(paths),
-                "cosine": _cosine(paths),
+                "figure": drawn, "curves": curves, "places": _places(paths), "undo": _undo(paths),
+                "cosine": _cosine(paths), "likes": _likes(paths),
+                "overlaps": _named(paths.get("overlaps"), DIRECTIONS),
+                "routes": _routes(paths),
+                "together": _together(paths),
                 "everything": next(v for v in paths["variants"] if v["name"] == "all"),
             }
         )  # fmt: skip
@@ -50,14 +68,60 @@ def section(data: ReportData) -> Section | None:
     )
 
 
+def _likes(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Parts beside what they are to be told from, all of the vector's norm."""
+    by_name = {row["name"]: row for row in paths["variants"]}
+    return [
+        {
+            "meaning": NAMES[part["name"]],
+            "own": by_name.get(f"{part['name']} x1"),
+            "another": by_name.get(f"{part['name']} of another"),
+            "random": by_name.get(f"random in {part['name']}"),
+        }
+        for part in paths["parts"]
+        if f"{part['name']} of another" in by_name or f"random in {part['name']}" in by_name
+    ]
+
+
+def _named(
+    rows: Sequence[Mapping[str, Any]] | None, names: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    return [{**row, "meaning": names[row["name"]]} for row in rows or ()]
+
+
+def _routes(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What comes back by each route; none where it was not asked for."""
+    return _named((paths.get("routes") or {}).get("kept"), ROUTES)
+
+
+def _together(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What two exact parts do beyond what each does alone."""
+    found = paths.get("interactions", {})
+    pairs = zip(found.get("margin", ()), found.get("back", ()), strict=True)
+    return [
+        {
+            "pair": " and ".join(NAMES[name] for name in margin["parts"]),
+            "margin": margin["beyond"], "back": back["beyond"],
+        }
+        for margin, back in pairs
+    ]  # fmt: skip
+
+
 def _rows(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
     by_name = {row["name"]: row for row in paths["variants"]}
+    lens = {row["name"]: row for row in (paths.get("routes") or {}).get("lens", ())}
+    foreseen = {
+        kind: paths["predicted"][kind]["regained"] for kind in ("linear", "integrated")
+    } if paths.get("predicted") else {}  # fmt: skip
     return [
         {
             **part,
             "meaning": NAMES[part["name"]],
             "alone": by_name[part["name"]],
-            "matched": by_name[f"{part['name']} x1"],
+            "matched": by_name.get(f"{part['name']} x1"),
+            "scales": _scales(paths, by_name, part["name"]),
+            "lens": lens.get(part["name"]),
+            "foreseen": {kind: of.get(part["name"]) for kind, of in foreseen.items()},
             "without": by_name.get(f"all but {part['name']}"),
             "shapley": {w: of.get(part["name"]) for w, of in paths["shapley"].items()},
         }
@@ -65,11 +129,26 @@ def _rows(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _scales(
+    paths: Mapping[str, Any], by_name: Mapping[str, Any], name: str
+) -> list[tuple[float, Mapping[str, Any]]]:
+    """The part at every norm it was brought to."""
+    return [
+        (scale, by_name[f"{name} x{scale:g}"])
+        for scale in sorted(paths["spec"].get("part_scales", (1.0,)))
+    ]
+
+
 def _places(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Sites and groups of positions, alone and left out."""
     by_name = {row["name"]: row for row in paths["variants"]}
     return [
-        {"name": name.removeprefix("at "), "alone": row, "without": by_name[f"all but {name}"]}
+        {
+            "name": name.removeprefix("at "),
+            "alone": row,
+            "without": by_name[f"all but {name}"],
+            "up_to": by_name.get(name.replace("at ", "up to ", 1)),
+        }
         for name, row in by_name.items()
         if name.startswith("at ")
     ]
@@ -79,7 +158,12 @@ def _undo(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What of the vector takes the clamp back, alone and left out."""
     by_name = {row["name"]: row for row in paths["variants"]}
     return [
-        {"name": meaning, "alone": by_name[name], "without": by_name[f"all but {name}"]}
+        {
+            "name": meaning,
+            "alone": by_name[name],
+            "without": by_name[f"all but {name}"],
+            "up_to": None,
+        }
         for name, meaning in (
             (ROWS, "in the span of the clamped decoder rows"),
             (ALONG, "along the clamp's displacement"),
@@ -133,6 +217,41 @@ def _figure(index: int, name: str, rows: list[dict[str, Any]]) -> Figure:
             "xaxis": {"zeroline": False, "automargin": True},
             "yaxis": {
                 "title": {"text": "share of recovered prompts"}, "range": [0, 1.08],
+                "tickformat": ".0%", "zeroline": False,
+            },
+        },
+    )  # fmt: skip
+
+
+def _curves(index: int, name: str, rows: list[dict[str, Any]]) -> Figure | None:
+    """Share of prompts that each part brings back, over the norm it is brought to; None for one
+    norm alone."""
+    from plotly import graph_objects as go
+
+    if not rows or len(rows[0]["scales"]) < 2:
+        return None
+    traces = []
+    for place, row in enumerate(rows):
+        own = [(s, v["back"]) for s, v in row["scales"] if is_number(v["back"]["estimate"])]
+        traces.append(
+            go.Scatter(
+                x=[scale for scale, _ in own], y=[back["estimate"] for _, back in own],
+                mode="lines+markers", name=row["meaning"],
+                line={"dash": DASHES[place % len(DASHES)], "width": 2}, marker={"size": 6},
+                hovertemplate="%{y:.0%} at %{x} times the norm",
+            )
+        )  # fmt: skip
+    return figure(
+        f"path-scales-{index}",
+        f"Share of {label_safe(name)}'s recovered prompts that each part brings back, by its norm",
+        traces,
+        {
+            "height": 340,
+            "margin": {"l": 58, "r": 16, "t": 16, "b": 46},
+            "legend": {"orientation": "v", "x": 1.02, "y": 1},
+            "xaxis": {"title": {"text": "norm of the part, times the vector's"}, "zeroline": False},
+            "yaxis": {
+                "title": {"text": "share of recovered prompts"}, "range": [-0.03, 1.05],
                 "tickformat": ".0%", "zeroline": False,
             },
         },

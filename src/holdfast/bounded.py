@@ -1,0 +1,152 @@
+"""What of a recovery's vector lies in a subspace, and the orthogonal rest (METHODS F.4).
+
+The exact split by Δz has parts that can be longer than the vector and cancel. These cannot: each is
+a least-squares fit, at every slot, so that part and rest are orthogonal and neither is longer than
+the vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.batch import Batch
+from holdfast.canonical import digest
+from holdfast.edits import Capture
+from holdfast.positions import selected
+from holdfast.pursuit import pursue
+from holdfast.saes.sae import SAE
+from holdfast.sites import Site
+from holdfast.subject import Subject
+from holdfast.subspace import orthonormal_basis
+from holdfast.variants import Recovered
+
+SUBSPACES = ("seen", "sparse", "encoder", "principal")
+"""seen: decoder rows of features active with or without the vector; sparse: a non-negative code of
+a few decoder rows, no more than are active there in the mean; encoder: encoder columns of active
+features; principal: directions in which clean residuals of the fit split vary most."""
+
+_ENTRIES = 2**24
+"""Codes held at a time: 64 MB in float32."""
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """part [n q d_model] float64 of the vectors of n prompts; rank [n q]: dimension of the subspace
+    at each slot, of a sparse code how many rows it has; noise [n q d_model]: random vectors of the
+    same subspace, of the part's norm at each slot."""
+
+    part: Tensor
+    rank: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Components:
+    """Site → the directions [d_model r] in which residuals vary most, and the share of their
+    variance that these have."""
+
+    basis: dict[Site, Tensor]
+    share: dict[Site, float]
+
+    @classmethod
+    def of(cls, subject: Subject, batch: Batch, sites: tuple[Site, ...], n: int) -> Components:
+        """Of clean residuals at every token of a batch but BOS, less their mean."""
+        reads = [Capture(site) for site in sites]
+        subject.outputs(batch, reads)
+        basis, share = {}, {}
+        for read in reads:
+            x = torch.cat([h[selected("all", False, frame)].double() for frame, h in read.seen])
+            x = x - x.mean(0)
+            variance, directions = torch.linalg.eigh(x.T @ x)
+            top = min(n, len(variance))
+            basis[read.site] = directions[:, -top:].flip(1)
+            share[read.site] = float(variance[-top:].sum() / variance.sum())
+        return cls(basis, share)
+
+
+def bounded(
+    found: Recovered, components: Components | None, atoms: int, seed: int
+) -> dict[str, Bounded]:
+    """Of `SUBSPACES` → its part; `principal` only where there are components. atoms: most decoder
+    rows of a sparse code. Reads each site's whole SAE once. Raises SAEError where a perturbed site
+    has no SAE."""
+    n, p = found.positions.shape
+    drawn = _noise(found, seed)
+    laid: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for index, (site, h) in enumerate(found.entered().items()):
+        sae = found.case.subject.sae(site).full()
+        delta = found.problem.replay.parts(found.delta)[site].flatten(0, 1)
+        noise = drawn[:, index * p : (index + 1) * p].flatten(0, 1)
+        basis = None if components is None else components.basis[site]
+        x, there = h.flatten(0, 1), (found.positions >= 0).flatten()
+        made = _of_site(sae, x, delta, there, noise, basis, atoms, found.case.subject.model.dtype)
+        for name, (part, rank, within) in made.items():
+            pieces = (part.view(n, p, -1), rank.view(n, p), within.view(n, p, -1))
+            laid.setdefault(name, []).append(pieces)
+    return {
+        name: Bounded(*(torch.cat(column, 1) for column in zip(*pieces, strict=True)))
+        for name, pieces in laid.items()
+    }
+
+
+def _of_site(
+    sae: SAE, h: Tensor, delta: Tensor, there: Tensor, noise: Tensor, components: Tensor | None,
+    atoms: int, dtype: torch.dtype,
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """name → part [m d], rank [m], noise [m d] at the m slots of a site."""
+    active, l0 = _active(sae, h, delta, there, dtype)
+    vectors = torch.stack([delta.double(), noise.double()], 1)  # [m 2 d]
+    columns = sae.inputs.fold(sae.W_enc) if sae.inputs.affine else sae.W_enc
+    code = pursue(delta, sae.W_dec, max(1, min(atoms, round(l0))))
+    bases: dict[str, Iterator[Tensor]] = {
+        "seen": (_basis(sae.W_dec[on].T) for on in active),
+        "sparse": (_basis(sae.W_dec[own[own >= 0]].T) for own in code.atoms),
+        "encoder": (_basis(columns[:, on]) for on in active),
+    }
+    if components is not None:
+        bases["principal"] = (components.to(delta.device) for _ in delta)
+    made = {}
+    for name, own in bases.items():
+        onto, rank = [], []
+        for vector, basis in zip(vectors, own, strict=True):
+            onto.append((vector @ basis) @ basis.T)
+            rank.append(basis.shape[1])
+        part, random = torch.stack(onto).unbind(1)
+        if name == "sparse":
+            part = code.fit
+        length = part.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        made[name] = part, torch.as_tensor(rank, device=delta.device), random * length
+    return made
+
+
+def _active(
+    sae: SAE, h: Tensor, delta: Tensor, there: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, float]:
+    """[m n_features] bool: active with or without the vector; and how many are, without it, in the
+    mean over slots that are there."""
+    either, count = [], []
+    for x, moved in zip(
+        *(v.split(max(1, _ENTRIES // sae.n_features)) for v in (h, h + delta)), strict=True
+    ):
+        before = sae.encode(x) > 0
+        either.append(before | (sae.encode(moved.to(dtype).float()) > 0))
+        count.append(before.sum(1))
+    return torch.cat(either), float(torch.cat(count)[there].double().mean())
+
+
+def _basis(columns: Tensor) -> Tensor:
+    return orthonormal_basis(columns).double().to(columns.device)
+
+
+def _noise(found: Recovered, seed: int) -> Tensor:
+    """[n q d] standard normal, drawn by the example's id."""
+    _, q, d = found.delta.shape
+    rows = []
+    for example in found.case.batch.ids:
+        key = int(digest(f"subspace/{seed}/{example}")[:15], 16)
+        rows.append(torch.randn(q, d, generator=torch.Generator().manual_seed(key)))
+    return torch.stack(rows).to(found.delta.device)
