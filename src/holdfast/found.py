@@ -102,7 +102,9 @@ def result_of(found: Found) -> dict[str, Any]:
             "preactivation_drift", "share of encoder norm x residual norm",
             checks.preactivation_drift, clusters,
         ),
+        median("decode_drift", "residual units", checks.decode_drift, clusters),
     ]  # fmt: skip
+    measurements += checks.reactivation.measurements(recovered, clusters)
     measurements += _neighbors(setting)
     tried = setting.test.clusters
     measurements.append(rate("clean_rate", setting.clean, tried))
@@ -134,6 +136,9 @@ def result_of(found: Found) -> dict[str, Any]:
             "clamp_mismatch_mean": float(checks.clamp_mismatch.nanmean()),
             "firings_kept_mean": float(checks.firings_kept.nanmean()),
             "displacement_mean": float(checks.displacement.nanmean()),
+            "decode_drift_mean": float(checks.decode_drift.mean()),
+            "decode_drift_max": float(checks.decode_drift.max()),
+            **checks.reactivation.pooled(),
             "gate_flips": int(checks.gate_flips.sum()),
             "gate_margin_min": float(checks.gate_margin.min()),
             "n_overtaken": int((checks.overtaken > 0).sum()),

@@ -426,6 +426,11 @@ def test_an_audit_recovers_at_the_closed_form_and_verifies_it(ran: dict[str, Tri
         assert checks["preactivation_drift_max"] < 1e-6 and checks["replay_error"] < 1e-4
         assert 0 < checks["free_share_mean"] < 1
         assert -1e-5 < checks["closed_form_error_min"] <= checks["closed_form_error_max"] < 0.01
+        rates = {m["name"]: m["estimate"] for m in made.result["measurements"]}
+        assert checks["n_eligible"] > 0 and checks["n_reactivated"] == 0, "every feature is held"
+        assert rates["none_reactivated_rate"] == rates["recovery_rate"]
+        assert rates["reactivated_within_eligible"] == rates["reactivated_of_all"] == 0
+        assert rates["zero_reactivation_rate"] <= rates["none_reactivated_rate"]
 
 
 def test_a_record_can_be_read_again_without_the_run(
