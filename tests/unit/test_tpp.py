@@ -168,6 +168,16 @@ def test_texts_are_cut_to_what_is_read_and_special_tokens_left_out() -> None:
     assert readable(EndsTexts(tokenizer), [plain, short], 2, 10) == []  # type: ignore[arg-type]
 
 
+def test_texts_that_are_one_after_the_cut_are_refused_before_anything_is_read() -> None:
+    tokenizer: Any = tiny_tokenizer()
+    long = " ".join(f"w{i}" for i in range(12))
+    first, second = LabelledText("1", f"{long} w20", "a"), LabelledText("2", f"{long} w21", "a")
+    assert len(readable(tokenizer, [first, second], 2, 14)) == 2
+    with pytest.raises(StudyError, match=r"1 and 2 of class 'a' are the same.*max_tokens = 10"):
+        readable(tokenizer, [first, second], 2, 10)
+    assert len(readable(tokenizer, [first, second], 1, 10)) == 1, "nobody asked for the second"
+
+
 def test_neighbors_are_balanced_and_ask_every_probe(tmp_path: Path) -> None:
     source = write(tmp_path / "texts.jsonl", rows_of(30))
     behavior = TPP(source=source, classes=dict(CLASSES), target="b", max_tokens=20)
