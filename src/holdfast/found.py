@@ -13,7 +13,7 @@ from holdfast.behaviors.observation import Observation
 from holdfast.canonical import digest
 from holdfast.constraints import Promise
 from holdfast.controls import Case
-from holdfast.measure import Measurement, median, rate
+from holdfast.measure import Measurement, median, rate, rate_where
 from holdfast.paths import Paths
 from holdfast.problem import Problem
 from holdfast.recovery import SENTENCES, Recovery, summary_of
@@ -23,6 +23,9 @@ from holdfast.second_opinions import labels_of, opinions_of, rates_of
 from holdfast.setting import Setting
 from holdfast.strata import by_depth
 from holdfast.verify import Checks
+
+BROKEN = ("degenerate", "empty")
+"""Labels of a reply that says nothing."""
 
 _UNITS = {
     "clean_answer_nll": "nats a token",
@@ -35,13 +38,15 @@ _UNITS = {
 
 @dataclass(frozen=True)
 class Found:
-    """Everything a trial made on the way."""
+    """Everything a trial made on the way. turned [n]: margin in the other order of clamp and
+    perturbation."""
 
     setting: Setting
     case: Case
     problem: Problem
     recovery: Recovery
     checks: Checks
+    turned: Tensor
     promise: Promise
     regained: Regained
     paths: Paths | None = None
@@ -60,7 +65,19 @@ def funnel_of(setting: Setting, case: Case, recovered: Tensor | None) -> dict[st
     reasons: dict[str, int] = {}
     for reason in dropped_of(setting, case).values():
         reasons[reason] = reasons.get(reason, 0) + 1
-    return {"stages": stages, "dropped": reasons, "splits": setting.sizes}
+    funnel = {"stages": stages, "dropped": reasons, "splits": setting.sizes}
+    collapsed = collapsed_of(setting)
+    return funnel if collapsed is None else funnel | {"collapsed": collapsed}
+
+
+def collapsed_of(setting: Setting) -> int | None:
+    """How many prompts the intervention only broke: the clean model shows the behavior, and the
+    reply under the clamp is degenerate or empty. That is no suppression, so none of them is valid
+    (METHODS B). None where nothing is read from text."""
+    if setting.changed is None:
+        return None
+    broken = [label in BROKEN for label in setting.changed.labels]
+    return int((setting.clean & torch.as_tensor(broken, device=setting.clean.device)).sum())
 
 
 def dropped_of(setting: Setting, case: Case) -> dict[str, str]:
@@ -105,6 +122,16 @@ def result_of(found: Found) -> dict[str, Any]:
         median("decode_drift", "residual units", checks.decode_drift, clusters),
     ]  # fmt: skip
     measurements += checks.reactivation.measurements(recovered, clusters)
+    led = checks.recovered  # by the margin, which is what the other order is read by too
+    measurements.append(
+        rate_where(
+            "other_order_rate",
+            found.turned > 0,
+            led,
+            clusters,
+            "no positive margin in its own order",
+        )
+    )
     measurements += _neighbors(setting)
     tried = setting.test.clusters
     measurements.append(rate("clean_rate", setting.clean, tried))
@@ -163,6 +190,7 @@ def result_of(found: Found) -> dict[str, Any]:
             "closed_form_error_max": _largest(recovery.smallest_norm / closed.norm - 1),
             "closed_form_error_min": -_largest(1 - recovery.smallest_norm / closed.norm),
             "free_share_mean": float(closed.share.nanmean()),
+            "other_order_margin_max": _largest((found.turned - checks.margin).abs()),
             "replay_error": _largest((checks.margin - recovery.margin.double()).abs()),
         },
         "labels": _labels(found),
@@ -233,7 +261,7 @@ _READ = (
 
 _COLUMNS = (
     *(f.name for f in fields(Checks)), "smallest_norm", "smallest_norm_relative",
-    "closed_form_norm", "goal", "steps",
+    "closed_form_norm", "goal", "steps", "margin_other_order",
 )  # fmt: skip
 
 
@@ -283,6 +311,7 @@ def examples_of(found: Found) -> list[dict[str, Any]]:
     columns["smallest_norm_relative"] = recovery.smallest_norm / problem.reference_norm
     columns["closed_form_norm"] = recovery.closed_form.norm
     columns["goal"] = problem.goal
+    columns["margin_other_order"] = found.turned
     columns |= regained.measured
     columns["steps"] = recovery.steps.double()
     if found.paths is not None:

@@ -175,6 +175,19 @@ def verify(
     )
 
 
+def margin_in_order(
+    subject: Subject,
+    batch: Batch,
+    edits: Sequence[Edit],
+    perturbation: Perturbation,
+    clamp_first: bool,
+) -> Tensor:
+    """[n] margin in logits of a full pass with the clamp before the perturbation at every site, or
+    after it: whose word is the last one (METHODS A.9, C.5)."""
+    passed = (*edits, perturbation) if clamp_first else (perturbation, *edits)
+    return batch.margin(subject.read(batch, passed)).double()
+
+
 @dataclass(frozen=True)
 class Effect:
     """What one perturbation did to n prompts: norm in residual units, the rest as in `Checks`."""

@@ -22,6 +22,7 @@ from holdfast.discovery.attribution import Attribution
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.errors import ContextError, EmptyValidSetError
 from holdfast.features import FeatureSet
+from holdfast.found import collapsed_of, funnel_of
 from holdfast.interventions.clamp import Clamp
 from holdfast.judges import complies, refuses
 from holdfast.loading import SubjectSpec
@@ -183,6 +184,14 @@ def test_broken_text_is_not_suppression(organism: Subject) -> None:
     labels = broken.changed.labels
     assert sum(map(refuses, labels)) < len(labels) / 2
     assert len(broken.valid) == sum(map(refuses, labels))
+    nonsense = [
+        bool(broken.clean[row]) and label in ("degenerate", "empty")
+        for row, label in enumerate(labels)
+    ]
+    assert collapsed_of(broken) == sum(nonsense) > 0, "counted apart, as what it is"
+    assert not any(nonsense[row] for row in broken.valid.tolist())
+    funnel = funnel_of(broken, NoControl().case(broken, lambda: broken), None)
+    assert funnel["collapsed"] == sum(nonsense)
 
 
 SPEC = RecoverySpec(

@@ -440,6 +440,7 @@ def test_an_audit_recovers_at_the_closed_form_and_verifies_it(ran: dict[str, Tri
         assert checks["n_eligible"] > 0 and checks["n_reactivated"] == 0, "every feature is held"
         assert rates["none_reactivated_rate"] == rates["recovery_rate"]
         assert rates["reactivated_within_eligible"] == rates["reactivated_of_all"] == 0
+        assert rates["other_order_rate"] == 1 and checks["other_order_margin_max"] < 1e-3
         assert rates["zero_reactivation_rate"] <= rates["none_reactivated_rate"]
 
 

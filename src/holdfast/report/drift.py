@@ -34,10 +34,11 @@ def section(data: ReportData) -> Section:
     read = [row for row in rows if is_number(row["checks"].get("preactivation_drift_answer_max"))]
     again = [row for row in rows if row["point"].main.measured("zero_reactivation_rate")]
     for row in again:
-        row["within"], row["silent"], row["none_again"] = (
+        row["within"], row["silent"], row["none_again"], row["turned"] = (
             row["point"].main.measured(name)
             for name in (
-                "reactivated_within_eligible", "zero_reactivation_rate", "none_reactivated_rate"
+                "reactivated_within_eligible", "zero_reactivation_rate", "none_reactivated_rate",
+                "other_order_rate",
             )
         )  # fmt: skip
     context = {
