@@ -30,10 +30,14 @@ BROKEN = ("degenerate", "empty")
 _UNITS = {
     "clean_answer_nll": "nats a token",
     "reply_perplexity": "perplexity without any edit",
+    "reply_foreign_letters": "share of letters",
     "fidelity_token_f1": "token F1 with the clean answer",
     "fidelity_rouge_l": "ROUGE-L with the clean answer",
     "fidelity_z": "standard deviations from unrelated answers",
 }
+
+_REASONS = {"reply_foreign_letters": "there is no letter to compare"}
+"""Why such a measure has no value; of the others the test of fidelity says it."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,9 @@ def result_of(found: Found) -> dict[str, Any]:
     if setting.spliced is not None:
         measurements.append(rate("spliced_rate", setting.spliced, tried))
     for name, values in regained.measured.items():
-        unit = _UNITS[name.partition(".")[0]]
-        measurements.append(median(name, unit, values, clusters, regained.unscored))
+        kind = name.partition(".")[0]
+        reason = _REASONS.get(kind, regained.unscored)
+        measurements.append(median(name, _UNITS[kind], values, clusters, reason))
     measurements += rates_of(setting, case, regained)
     if setting.behavior is not None:
         measurements += setting.behavior.scores(setting)
