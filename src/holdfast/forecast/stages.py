@@ -49,6 +49,7 @@ def preparing(scene: Scene) -> Stage:
     if scene.trial.discovery.reads_whole:
         for site in scene.saes:
             work += _attribution(scene, site.depth, scene.saes[site].n_features)
+    work += passes.full(n["fit"], width) * scene.trial.discovery.passes(tuple(scene.saes))
     n_candidates = len(scene.trial.intervention.candidates())
     if n_candidates > 1:
         tuned = n["tune"] + beside["tune"]
