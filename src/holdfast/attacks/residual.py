@@ -107,6 +107,7 @@ def pose(spec: RecoverySpec, case: Case) -> Problem:
         },
         reference_norm=reference,
         radius=radius,
+        objective=spec.objective,
     )
 
 
