@@ -129,13 +129,13 @@ def ascend(
 
 
 def _margin_and_gradient(lanes: Lanes, delta: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-    """margin [n] and its gradient [n q d]; zeros where no step follows."""
+    """margin [n], and the gradient [n q d] of what is climbed; zeros where no step follows."""
     if last:
         with torch.no_grad():
             return lanes.margin(delta), torch.zeros_like(delta)
     leaf = delta.requires_grad_(True)
-    margin = lanes.margin(leaf)
-    (gradient,) = torch.autograd.grad(margin.sum(), leaf)
+    climbed, margin = lanes.climbed(leaf)
+    (gradient,) = torch.autograd.grad(climbed.sum(), leaf)
     delta.requires_grad_(False)
     return margin.detach(), gradient
 

@@ -13,7 +13,7 @@ from holdfast.behaviors.observation import Observation
 from holdfast.canonical import digest
 from holdfast.constraints import Promise
 from holdfast.controls import Case
-from holdfast.measure import Measurement, median, rate
+from holdfast.measure import Measurement, median, rate, rate_where
 from holdfast.paths import Paths
 from holdfast.problem import Problem
 from holdfast.recovery import SENTENCES, Recovery, summary_of
@@ -24,24 +24,33 @@ from holdfast.setting import Setting
 from holdfast.strata import by_depth
 from holdfast.verify import Checks
 
+BROKEN = ("degenerate", "empty")
+"""Labels of a reply that says nothing."""
+
 _UNITS = {
     "clean_answer_nll": "nats a token",
     "reply_perplexity": "perplexity without any edit",
+    "reply_foreign_letters": "share of letters",
     "fidelity_token_f1": "token F1 with the clean answer",
     "fidelity_rouge_l": "ROUGE-L with the clean answer",
     "fidelity_z": "standard deviations from unrelated answers",
 }
 
+_REASONS = {"reply_foreign_letters": "there is no letter to compare"}
+"""Why such a measure has no value; of the others the test of fidelity says it."""
+
 
 @dataclass(frozen=True)
 class Found:
-    """Everything a trial made on the way."""
+    """Everything a trial made on the way. turned [n]: margin in the other order of clamp and
+    perturbation."""
 
     setting: Setting
     case: Case
     problem: Problem
     recovery: Recovery
     checks: Checks
+    turned: Tensor
     promise: Promise
     regained: Regained
     paths: Paths | None = None
@@ -60,7 +69,19 @@ def funnel_of(setting: Setting, case: Case, recovered: Tensor | None) -> dict[st
     reasons: dict[str, int] = {}
     for reason in dropped_of(setting, case).values():
         reasons[reason] = reasons.get(reason, 0) + 1
-    return {"stages": stages, "dropped": reasons, "splits": setting.sizes}
+    funnel = {"stages": stages, "dropped": reasons, "splits": setting.sizes}
+    collapsed = collapsed_of(setting)
+    return funnel if collapsed is None else funnel | {"collapsed": collapsed}
+
+
+def collapsed_of(setting: Setting) -> int | None:
+    """How many prompts the intervention only broke: the clean model shows the behavior, and the
+    reply under the clamp is degenerate or empty. That is no suppression, so none of them is valid
+    (METHODS B). None where nothing is read from text."""
+    if setting.changed is None:
+        return None
+    broken = [label in BROKEN for label in setting.changed.labels]
+    return int((setting.clean & torch.as_tensor(broken, device=setting.clean.device)).sum())
 
 
 def dropped_of(setting: Setting, case: Case) -> dict[str, str]:
@@ -102,15 +123,28 @@ def result_of(found: Found) -> dict[str, Any]:
             "preactivation_drift", "share of encoder norm x residual norm",
             checks.preactivation_drift, clusters,
         ),
+        median("decode_drift", "residual units", checks.decode_drift, clusters),
     ]  # fmt: skip
+    measurements += checks.reactivation.measurements(recovered, clusters)
+    led = checks.recovered  # by the margin, which is what the other order is read by too
+    measurements.append(
+        rate_where(
+            "other_order_rate",
+            found.turned > 0,
+            led,
+            clusters,
+            "no positive margin in its own order",
+        )
+    )
     measurements += _neighbors(setting)
     tried = setting.test.clusters
     measurements.append(rate("clean_rate", setting.clean, tried))
     if setting.spliced is not None:
         measurements.append(rate("spliced_rate", setting.spliced, tried))
     for name, values in regained.measured.items():
-        unit = _UNITS[name.partition(".")[0]]
-        measurements.append(median(name, unit, values, clusters, regained.unscored))
+        kind = name.partition(".")[0]
+        reason = _REASONS.get(kind, regained.unscored)
+        measurements.append(median(name, _UNITS[kind], values, clusters, reason))
     measurements += rates_of(setting, case, regained)
     if setting.behavior is not None:
         measurements += setting.behavior.scores(setting)
@@ -134,6 +168,9 @@ def result_of(found: Found) -> dict[str, Any]:
             "clamp_mismatch_mean": float(checks.clamp_mismatch.nanmean()),
             "firings_kept_mean": float(checks.firings_kept.nanmean()),
             "displacement_mean": float(checks.displacement.nanmean()),
+            "decode_drift_mean": float(checks.decode_drift.mean()),
+            "decode_drift_max": float(checks.decode_drift.max()),
+            **checks.reactivation.pooled(),
             "gate_flips": int(checks.gate_flips.sum()),
             "gate_margin_min": float(checks.gate_margin.min()),
             "n_overtaken": int((checks.overtaken > 0).sum()),
@@ -159,6 +196,7 @@ def result_of(found: Found) -> dict[str, Any]:
             "closed_form_error_min": -_largest(1 - recovery.smallest_norm / closed.norm),
             "free_share_mean": float(closed.share.nanmean()),
             "replay": problem.replay.extent,
+            "other_order_margin_max": _largest((found.turned - checks.margin).abs()),
             "replay_error": _largest((checks.margin - recovery.margin.double()).abs()),
         },
         "labels": _labels(found),
@@ -229,7 +267,7 @@ _READ = (
 
 _COLUMNS = (
     *(f.name for f in fields(Checks)), "smallest_norm", "smallest_norm_relative",
-    "closed_form_norm", "goal", "steps",
+    "closed_form_norm", "goal", "steps", "margin_other_order",
 )  # fmt: skip
 
 
@@ -279,6 +317,7 @@ def examples_of(found: Found) -> list[dict[str, Any]]:
     columns["smallest_norm_relative"] = recovery.smallest_norm / problem.reference_norm
     columns["closed_form_norm"] = recovery.closed_form.norm
     columns["goal"] = problem.goal
+    columns["margin_other_order"] = found.turned
     columns |= regained.measured
     columns["steps"] = recovery.steps.double()
     if found.paths is not None:

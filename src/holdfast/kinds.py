@@ -14,6 +14,7 @@ from holdfast.discovery import DISCOVERIES
 from holdfast.errors import UnknownNameError
 from holdfast.interventions import INTERVENTIONS
 from holdfast.judges import JUDGES
+from holdfast.objectives import OBJECTIVES
 from holdfast.registry import Registry
 from holdfast.saes.sources import SOURCES
 
@@ -25,6 +26,7 @@ FAMILIES_OF_KINDS: dict[str, Registry] = {
         DISCOVERIES,
         INTERVENTIONS,
         CONSTRAINTS,
+        OBJECTIVES,
         CONTROLS,
         ATTACKS,
         JUDGES,

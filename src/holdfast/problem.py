@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from holdfast.batch import Batch, lead
+from holdfast.objectives import ObjectiveKind
+from holdfast.objectives.margin import Margin
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
@@ -23,7 +25,8 @@ class Problem:
     replay: the recorded pass with the intervention on; batch: prompts with the answers the
     margin is read for; goal [n]: margin that counts as success, in logits; held: site → the
     features that must not move there; reference_norm [n]: Frobenius norm of the suppressed residual
-    over all slots; radius [n]: the norm budget in the same units.
+    over all slots; radius [n]: the norm budget in the same units; objective: what the search goes
+    up on its way to the goal.
     """
 
     replay: Replay
@@ -32,6 +35,7 @@ class Problem:
     held: Mapping[Site, FeatureBank]
     reference_norm: Tensor
     radius: Tensor
+    objective: ObjectiveKind = field(default_factory=Margin)
 
     def __len__(self) -> int:
         return len(self.goal)
@@ -94,6 +98,26 @@ class Lanes:
             self, replay=self.replay.rows(rows), targets=self.targets[rows],
             rivals=self.rivals[rows], forced=None if self.forced is None else self.forced[rows],
         )  # fmt: skip
+
+    def climbed(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """[n] each, what the search goes up and the margin, with `delta` [n q d_model] added;
+        differentiable in it."""
+        objective, readout = self.problem.objective, self.problem.batch.readout
+        if self.forced is not None:
+            scores = readout.replayed(self.replay, delta)
+            margin = lead(scores, self.targets, self.rivals, self.forced)
+            return objective.of_text(scores, self.forced), margin
+        answers = torch.cat([self.targets[:, None], self.rivals], 1)
+        if objective.reads_all:
+            every = readout.replayed(self.replay, delta)
+            among = every.gather(1, answers)
+        else:
+            among = readout.replayed(self.replay, delta, answers)
+            every = among.new_zeros(len(among), 0)
+        target, rivals = among[:, 0], among[:, 1:]
+        same = self.rivals[:, :, None] == self.rivals[:, None, :]
+        fresh = ~same.tril(-1).any(2)
+        return objective.of_answers(target, rivals, fresh, every), target - rivals.amax(1)
 
     def margin(self, delta: Tensor) -> Tensor:
         """[n] the margin with `delta` [n q d_model] added, differentiable in it."""

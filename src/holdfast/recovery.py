@@ -19,6 +19,8 @@ from holdfast.canonical import digest
 from holdfast.closed_form import ClosedForm
 from holdfast.config import Config
 from holdfast.constraints import Constraint
+from holdfast.objectives import Objective
+from holdfast.objectives.margin import Margin
 from holdfast.positions import Where
 from holdfast.problem import Problem
 from holdfast.subspace import FeasibleSet, Iterate, into_ball, norms
@@ -81,7 +83,8 @@ class Stop(Config):
 class RecoverySpec(Config):
     """How to search. Everything here changes numbers, so it is part of a trial's identity.
 
-    order: who has the last word at one site. steps: steps of the first attempt. lr: the norm of a
+    order: who has the last word at one site. objective: what is climbed; iterates are judged by
+    the margin whatever it is. steps: steps of the first attempt. lr: the norm of a
     step as a share of the budget. refine_steps: steps of a bisection round, refine_lr: the norm of
     its first step as a share of the round's ball. tolerance: relative width at which the smallest
     norm is known. doublings: how often the steps are doubled before the answer is `undecided`.
@@ -89,6 +92,7 @@ class RecoverySpec(Config):
 
     order: Literal["clamp_then_perturbation", "perturbation_then_clamp"] = "clamp_then_perturbation"
     constraint: Constraint
+    objective: Objective = Margin()
     perturb: Perturb = Perturb()
     budget: Budget = Budget(relative=0.25)
     stop: Stop = Stop()

@@ -17,6 +17,7 @@ from torch import Tensor
 from holdfast.behaviors.observation import Observation
 from holdfast.controls import Case
 from holdfast.edits import Edit, Perturbation
+from holdfast.judges.writing import foreign_share
 from holdfast.likelihood import nll
 from holdfast.problem import Problem
 from holdfast.setting import Setting
@@ -95,8 +96,9 @@ def _measured(
 
     clean_answer_nll.<condition>: of the clean answer, teacher-forced in that condition, nats a
     token. reply_perplexity.<condition>: of the condition's reply under the model without any edit:
-    text that breaks down is unlikely text. <likeness>.<condition>: of the reply to the clean
-    answer; NaN where the judge's test of fidelity cannot say.
+    text that breaks down is unlikely text. reply_foreign_letters.<condition>: share of its letters
+    in scripts that neither the prompt nor the clean answer has. <likeness>.<condition>: of the
+    reply to the clean answer; NaN where the judge's test of fidelity cannot say.
     """
     assert setting.observed is not None and setting.changed is not None
     rows = case.rows.tolist()
@@ -114,6 +116,16 @@ def _measured(
     }
     for name, tokens in replies.items():
         out[f"reply_perplexity.{name}"] = nll(case.subject, prompts, tokens).exp()
+    said = {
+        "suppressed": [setting.changed.replies[row] for row in rows],
+        "recovered": list(seen.replies),
+    }
+    for name, made in said.items():
+        shares = [
+            foreign_share(reply.text, text, setting.observed.replies[row].text)
+            for reply, text, row in zip(made, prompts.texts, rows, strict=True)
+        ]
+        out[f"reply_foreign_letters.{name}"] = torch.as_tensor(shares, dtype=torch.float64)
     compared = {
         "suppressed": [setting.changed.fidelity[row] for row in rows if setting.changed.fidelity],
         "recovered": list(seen.fidelity),

@@ -42,15 +42,15 @@ class Setting:
     """An intervention on a subject, and what it does to n test prompts.
 
     fit, fit_neighbors: the prompts features were found on. test: those that are audited, as the
-    search reads them. clean_margin, suppressed_margin [n], in logits; clean_answer,
-    suppressed_answer [n], as the readout numbers them; observed, changed: what the behavior saw
-    without and with the intervention, where that is more than the sign of the margin; neighbors:
-    name → (batch, whether it shows the behavior without, and with the intervention); examples: the
-    test prompts before they were tokenized; opposed: prompts on which the model by itself does what
-    the intervention makes it do, if there are any; spliced [n] bool: the behavior is there with the
-    intervention's SAEs in place and no feature changed, None where that changes nothing;
-    explained: site → share of the clean residual's variance that its SAE explains, measured where
-    the intervention passes less than all of the error on.
+    search reads them. clean_margin, suppressed_margin [n], in logits; suppressed_answer [n], as the
+    readout numbers it; observed, changed: what the behavior saw without and with the intervention,
+    where that is more than the sign of the margin; neighbors: name → (batch, whether it shows the
+    behavior without, and with the intervention); examples: the test prompts before they were
+    tokenized; opposed: prompts on which the model by itself does what the intervention makes it do,
+    if there are any; spliced [n] bool: the behavior is there with the intervention's SAEs in place
+    and no feature changed, None where that changes nothing; explained: site → share of the clean
+    residual's variance that its SAE explains, measured where the intervention passes less than all
+    of the error on.
     """
 
     subject: Subject
@@ -61,7 +61,6 @@ class Setting:
     test: Batch
     clean_margin: Tensor
     suppressed_margin: Tensor
-    clean_answer: Tensor
     suppressed_answer: Tensor
     neighbors: dict[str, tuple[Batch, Tensor, Tensor]]
     behavior: BehaviorKind | None = None
@@ -195,7 +194,6 @@ def prepare(
         test=test,
         clean_margin=test.margin(clean),
         suppressed_margin=test.margin(suppressed),
-        clean_answer=splits["test"].given(_last(clean)),
         suppressed_answer=splits["test"].given(_last(suppressed)),
         neighbors=neighbors,
         behavior=behavior,

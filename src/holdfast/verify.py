@@ -16,6 +16,7 @@ from holdfast.batch import Batch, Frame
 from holdfast.constraints import Promise
 from holdfast.drift import TINY, floor_of, moved_preactivations, relative_of
 from holdfast.edits import Capture, Edit, FeatureEdit, Perturbation
+from holdfast.reactivation import Reactivation
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -44,6 +45,9 @@ class Checks:
     threshold, the k-th value of a TopK), in the units of preactivation_drift.
     undo_cosine: cosine of the perturbation with the clamp's displacement taken back.
     decoder_share: share of the perturbation's squared norm in the span of the held decoder rows.
+    slots, eligible, reactivated, reactivated_mass, activation_max: held features that came on
+    again, see `Reactivation`. decode_drift: ‖Δz_S · W_dec‖ over sites and positions, in residual
+    units.
     rounding_floor: the preactivation_drift of random vectors in the encoder's null space, of the
     same norm, that have only been rounded to the model's precision: no exact constraint can be
     expected to do better.
@@ -70,7 +74,20 @@ class Checks:
     overtaken: Tensor
     undo_cosine: Tensor
     decoder_share: Tensor
+    slots: Tensor
+    eligible: Tensor
+    reactivated: Tensor
+    reactivated_mass: Tensor
+    activation_max: Tensor
+    decode_drift: Tensor
     rounding_floor: Tensor
+
+    @property
+    def reactivation(self) -> Reactivation:
+        """Which held features the recovery switched on again."""
+        return Reactivation(
+            self.slots, self.eligible, self.reactivated, self.reactivated_mass, self.activation_max
+        )
 
     @property
     def recovered(self) -> Tensor:
@@ -143,8 +160,27 @@ def verify(
         overtaken=total.overtaken,
         undo_cosine=undo,
         decoder_share=decoder,
+        slots=total.slots,
+        eligible=total.eligible,
+        reactivated=total.reactivated,
+        reactivated_mass=total.mass,
+        activation_max=total.highest,
+        decode_drift=total.decoded.sqrt(),
         rounding_floor=_rounding_floor(subject, held, frame, reference, perturbation),
     )
+
+
+def margin_in_order(
+    subject: Subject,
+    batch: Batch,
+    edits: Sequence[Edit],
+    perturbation: Perturbation,
+    clamp_first: bool,
+) -> Tensor:
+    """[n] margin in logits of a full pass with the clamp before the perturbation at every site, or
+    after it: whose word is the last one (METHODS A.9, C.5)."""
+    passed = (*edits, perturbation) if clamp_first else (perturbation, *edits)
+    return batch.margin(subject.read(batch, passed)).double()
 
 
 @dataclass(frozen=True)
@@ -269,6 +305,12 @@ class _Features:
     displaced_now: Tensor
     flips: Tensor
     overtaken: Tensor
+    slots: Tensor
+    eligible: Tensor
+    reactivated: Tensor
+    mass: Tensor
+    highest: Tensor
+    decoded: Tensor
 
     @property
     def relative(self) -> Tensor:
@@ -280,7 +322,7 @@ class _Features:
         """Largest drifts, and sums of everything else."""
         largest = (
             "drift", "drift_absolute", "elsewhere", "anchor", "answer", "closeness", "code",
-            "fallen",
+            "fallen", "highest",
         )  # fmt: skip
         stacked = {name: torch.stack([getattr(s, name) for s in sites]) for name in vars(sites[0])}
         return cls(**{n: v.amax(0) if n in largest else v.sum(0) for n, v in stacked.items()})
@@ -339,6 +381,11 @@ def _at_site(
         displaced_now=_square(recovered.clamped.double() - recovered.before.double()),
         flips=flips,
         overtaken=flips if bank.guarantee == "margin" else torch.zeros_like(flips),
+        **vars(Reactivation.between(z_ref, z_rec, valid)),
+        decoded=_square(
+            bank.decode(torch.where(valid, z_rec, 0.0), h_rec, frame)
+            - bank.decode(torch.where(valid, z_ref, 0.0), h_ref, frame)
+        ),
     )
 
 

@@ -42,8 +42,7 @@ def set_up(
     return Setting(
         subject=subject, features=features, intervention=Clamp(mode="set", value=1.0), edits=edits,
         sizes={}, test=batch, clean_margin=torch.full_like(clamped, gain),
-        suppressed_margin=clamped, clean_answer=batch.targets,
-        suppressed_answer=batch.targets, neighbors={},
+        suppressed_margin=clamped, suppressed_answer=batch.targets, neighbors={},
     )  # fmt: skip
 
 

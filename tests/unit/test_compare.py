@@ -67,6 +67,7 @@ def finished(
     measurements = [
         rate("recovery_rate", torch.tensor(hits), names),
         median("smallest_norm_relative", "share", torch.tensor(far), names),
+        rate("zero_reactivation_rate", torch.tensor(hits) & (torch.arange(n) % 2 == 0), names),
     ]
     result = {
         "measurements": [m.model_dump(mode="json") for m in measurements],
@@ -277,8 +278,9 @@ def test_a_figure_meets_the_run_at_its_own_point() -> None:
         {"where": where | {"discovery.n_features": 5}},
         {"where": where | {"constraint": "unconstrained"}},
         {"where": {"attack": "suffix"}},
-        {"where": where, "measure": "decode_drift_mean"},
+        {"where": where, "measure": "drift_mixed_mean"},
         {"where": where, "measure": "drift_absolute_mean", "estimate": 2.0},
+        {"where": where, "measure": "zero_reactivation_rate", "k": 12, "n": 24},
     )
     rows = beside(side(*trials), found).rows
     matched = rows[0]
@@ -297,6 +299,9 @@ def test_a_figure_meets_the_run_at_its_own_point() -> None:
     assert [row.ours for row in rows[1:5]] == [None] * 4
     assert rows[5].ours is not None and rows[5].ours.estimate == 0.5
     assert rows[5].difference is None, "no interval, no difference"
+    assert rows[6].ours is not None and rows[6].ours.estimate == pytest.approx(1 / 3)
+    gap = rows[6].difference
+    assert gap is not None and gap.value.estimate == pytest.approx(1 / 3 - 1 / 2)
 
 
 def test_a_page_of_published_figures_says_what_they_are_of() -> None:

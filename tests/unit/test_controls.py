@@ -79,7 +79,6 @@ def make_setting(
         test=test,
         clean_margin=torch.linspace(0.5, 3.0, len(test)),
         suppressed_margin=suppressed,
-        clean_answer=test.targets,
         suppressed_answer=torch.where(flipped, test.rivals[:, 0], test.targets),
         neighbors={},
     )

@@ -28,6 +28,7 @@ from holdfast.report.curves import (
 )
 from holdfast.report.data import Arm, AuditData, Point
 from holdfast.report.panels import band
+from holdfast.report.sweeps import _spread
 from holdfast.run import open_run
 from holdfast.statistics import Interval, clustered_rate
 from holdfast.store import RunFolder
@@ -38,6 +39,7 @@ from tests.unit.test_report import (
     make_rows,
     make_study,
     make_trial,
+    measurement,
 )
 
 BUDGET = "recovery.budget.relative"
@@ -51,6 +53,7 @@ def point(
     constraint: str = "encoder_null",
     budget: float = 0.5,
     drift: float = 1e-8,
+    neighbors: dict[str, tuple[float, float]] | None = None,
     texts: str = "",
     clusters: Sequence[str] | None = None,
 ) -> Point:
@@ -68,7 +71,14 @@ def point(
     record = {
         "result": {
             "checks": {"budget_relative": budget},
-            "measurements": [{"name": "preactivation_drift", "estimate": drift}],
+            "measurements": [
+                {"name": "preactivation_drift", "estimate": drift},
+                *(
+                    measurement(f"neighbor.{name}.{condition}", value, 50)
+                    for name, values in (neighbors or {}).items()
+                    for condition, value in zip(("clean", "suppressed"), values, strict=True)
+                ),
+            ],
             "trace": [],
         }
     }
@@ -170,6 +180,36 @@ def test_half_never_reached_has_an_infinite_median() -> None:
     assert drawn.y == (None,), "a gap and no number"
 
 
+def test_smallest_norms_are_distributed_as_they_were_found() -> None:
+    """One line a point, under the constraint to read first; its steps are the planted norms."""
+    at = {2: [0.1, 0.3, math.inf, 0.2], 4: [0.2, 0.4, 0.4, 0.45], 8: [math.inf] * 4}
+    points = [
+        point({"discovery.n_features": k}, [True] * 4, norms=norms, constraint=c)
+        for c in ("unconstrained", "encoder_null")
+        for k, norms in at.items()
+    ]
+    (sweep,) = sweeps_of(audit(*points))
+    drawn = json.loads(_spread("0", sweep).json)["data"]
+    assert [trace["name"] for trace in drawn] == [f"n_features {k}" for k in at]
+    for trace, norms in zip(drawn, at.values(), strict=True):
+        found = sorted(norm for norm in norms if math.isfinite(norm))
+        assert trace["x"][1 : 1 + len(found)] == found and trace["x"][-1] == 0.5
+        assert trace["y"][-1] == len(found) / 4
+    assert len({trace["line"]["color"] for trace in drawn}) == 3
+
+
+def test_what_a_clamp_leaves_elsewhere_is_read_at_its_own_point() -> None:
+    kept = {0.0: (0.9, 0.9), -2.0: (0.9, 0.8), -5.0: (0.9, 0.3)}
+    line = line_of(
+        *(point({"intervention.value": v}, [True], neighbors={"music": k}) for v, k in kept.items())
+    )
+    for stop in line.stops:
+        clean, suppressed = stop.elsewhere["music"]
+        assert (clean.estimate, suppressed.estimate) == kept[stop.value]
+        assert suppressed.low < suppressed.estimate and suppressed.n == 50
+    assert line_of(*(point({"seed": s}, [True]) for s in (0, 1))).stops[0].elsewhere == {}
+
+
 def test_no_point_of_the_front_is_beaten() -> None:
     rng = np.random.default_rng(0)
     found = [(float(x), float(y)) for x, y in rng.random((60, 2)).round(1)]
@@ -229,7 +269,7 @@ def swept_run(path: Path, values: Sequence[float]) -> RunFolder:
                 trials.pop()
                 continue
             rows = make_rows(20, 0.2, 1e-8, random.Random(str(at)), "p")
-            record = make_record(trial, Fake({"none": 0.2}), 0.2, rows)
+            record = make_record(trial, Fake({"none": 0.2}, neighbors=True), 0.2, rows)
             store.write(record, {"delta": torch.zeros(1)}, rows)
         store.write_summary({"complete": False, "trials": trials})
     return RunFolder.read(path)
@@ -239,14 +279,18 @@ def test_the_page_of_a_sweep(tmp_path: Path) -> None:
     store, read, _ = open_run(swept_run(tmp_path / "run", [0, 1, 2, 3]).path)
     page = write_report(store, read, tmp_path / "page.html").read_text()
     figures = dict(
-        re.findall(r'data-figure="((?:sweep|pareto|steps|success)[^"]*)">(.*?)</script>', page)
+        re.findall(
+            r'data-figure="((?:sweep|spread|pareto|steps|success)[^"]*)">(.*?)</script>', page
+        )
     )
-    assert set(figures) == {"sweep-0-0", "steps-0"}, "nothing drifts: there is nothing to trade"
+    made = {"sweep-0-0", "spread-0-0", "steps-0"}
+    assert set(figures) == made, "nothing drifts: there is nothing to trade"
     drawn = json.loads(figures["sweep-0-0"])["data"]
     assert {trace["name"] for trace in drawn} == {"unconstrained", "encoder_null"}
     assert {trace.get("xaxis", "x") for trace in drawn} == {"x", "x2", "x3", "x4"}
     assert "No result at: unconstrained, seed=3; encoder_null, seed=3" in page
     assert "with seeds and prompts both resampled" in page
+    assert page.count("98% → 91%") == 6 and "What the same clamp leaves" in page
 
 
 def test_a_run_without_other_axes_has_no_such_section(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from holdfast.constraints.jacobian_probes import JacobianProbes
 from holdfast.controls.none import NoControl
 from holdfast.controls.random_features import RandomFeatures
 from holdfast.discovery.attribution import Attribution
+from holdfast.discovery.minimal import Minimal
 from holdfast.edits import FeatureEdit
 from holdfast.errors import DeviceError, SAEError, StudyError, SubjectError
 from holdfast.executor import Runtime, load_lab
@@ -39,7 +40,7 @@ from holdfast.forecast.passes import Passes
 from holdfast.forecast.prompts import Prompts
 from holdfast.forecast.scene import Scene
 from holdfast.forecast.show import amount, as_json, lasting, rests_on, rows_of
-from holdfast.forecast.stages import forwards, searching, step
+from holdfast.forecast.stages import forwards, preparing, searching, step
 from holdfast.forecast.subject import outlined
 from holdfast.paths import follow
 from holdfast.planning import plan, sketch
@@ -375,6 +376,19 @@ def test_probes_are_read_where_they_are_and_no_further(tmp_path: Path) -> None:
     assert (found.read_at, found.columns, found.n_logits) == (SITE, 12, 0)
     assert step(found, 4).flops == 0  # no block lies between
     assert memory_of(found).lane < memory_of(scene(tmp_path, TINY["llama"]())).lane
+
+
+def test_a_filter_runs_the_fit_prompts_again_for_every_candidate(paper: Scene) -> None:
+    few, many = (Minimal(of=Attribution(n_features=n)).passes(tuple(paper.saes)) for n in (8, 16))
+    assert many == 2 * few == 48 * len(paper.saes)
+    plain, filtered = (
+        preparing(
+            replace(paper, trial=paper.trial.model_copy(update={"discovery": discovery}))
+        ).found.flops
+        for discovery in (Attribution(n_features=8), Minimal(of=Attribution(n_features=8)))
+    )
+    once = paper.passes.full(paper.prompts.n["fit"], paper.prompts.width).flops
+    assert filtered - plain == pytest.approx(few * once)
 
 
 def test_random_features_are_measured_anew(paper: Scene) -> None:

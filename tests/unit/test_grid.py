@@ -191,6 +191,10 @@ def test_the_bundled_sweeps_are_sweeps() -> None:
     assert axes["features"] == ["discovery.n_features"]
     assert axes["budget"] == ["recovery.constraint.kind", "recovery.budget.relative"]
     assert axes["strength"] == ["intervention.value"] and axes["seed"] == ["seed"]
+    assert axes["objectives"] == ["recovery.objective.kind"]
+    assert axes["amplify"] == ["intervention.value"]
+    modes = {t.intervention.mode for t in planned.trials if t.audit == "modes"}  # type: ignore[attr-defined]
+    assert modes == {"set", "floor", "multiply"}
     assert axes["bos"] == ["intervention.include_bos"]
     sites = [t.subject.saes[0].site for t in planned.trials if t.audit == "layer"]
     assert len(set(sites)) == 3, "a layer each"

@@ -38,7 +38,7 @@ from holdfast.judges.causal_lm import CausalLM
 from holdfast.judges.classifier import Classifier
 from holdfast.judges.correction import corrected_rate
 from holdfast.judges.degeneracy import Repetition, RepetitionLimits
-from holdfast.judges.fidelity import FidelityTest, similarity_of
+from holdfast.judges.fidelity import FidelityTest, _Bag, rouge_l, token_f1
 from holdfast.judges.rules import Rules
 from holdfast.judges.substring import Substring
 from holdfast.judges.text import fold, own_words, sentences, words
@@ -445,6 +445,12 @@ def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
         for j, y in enumerate(b):
             row.append(before[j] + 1 if x == y else max(before[j + 1], row[j]))
     return row[-1]
+
+
+def similarity_of(a: str, b: str) -> tuple[float, float]:
+    """Token F1 and ROUGE-L of two texts."""
+    first, second = (_Bag.of(words(text), {}) for text in (a, b))
+    return token_f1(first, second), rouge_l(first, second)
 
 
 @given(WORDLISTS, WORDLISTS)

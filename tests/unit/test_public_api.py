@@ -81,6 +81,7 @@ def test_every_kind_can_be_imported_first() -> None:
         "discovery",
         "interventions",
         "judges",
+        "objectives",
         "saes",
     )
     names = [

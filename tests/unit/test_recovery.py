@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from holdfast.ascent import Climb, ascend
 from holdfast.batch import Batch, Frame
+from holdfast.constraints import Constraint
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.gradient_projection import GradientProjection
 from holdfast.constraints.unconstrained import Unconstrained
@@ -22,7 +24,7 @@ from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.steppers import Adam
 from holdfast.subject import Subject
-from holdfast.subspace import Iterate, NullSpace
+from holdfast.subspace import Iterate, NullSpace, norms
 from holdfast.testing import check_constraint, random_sae, tiny_problem
 
 SITE = Site(2)
@@ -137,6 +139,51 @@ def test_the_budget_is_never_exceeded_and_decides_success() -> None:
     clear = (oracle - radius).abs() > 0.02 * radius
     reached = ~found.smallest_norm.isnan()
     assert torch.equal(reached[clear], (oracle < radius)[clear])
+
+
+@pytest.mark.parametrize("constraint", [Unconstrained(), GradientProjection(), EncoderNull()])
+def test_no_perturbation_is_a_candidate_like_every_other(constraint: Constraint) -> None:
+    """METHODS D.7, D.10: the published rule looks at the first iterate after a step. A goal that is
+    met already takes none, and where every step leads down, nothing is what is kept."""
+    slopes = torch.randn(4, D)
+    met = linear_problem(slopes, torch.full((4,), 2.0), torch.ones(4), 8.0)
+    found = recover(met, RecoverySpec(constraint=constraint), seed=0)
+    assert (found.delta == 0).all() and (found.smallest_norm == 0).all()
+    assert (found.steps == 0).all() and set(found.outcomes) == {"recovered"}
+
+    problem = linear_problem(slopes, -torch.ones(4), torch.ones(4), 8.0)
+    rows = torch.arange(4)
+    climb = Climb(rows, torch.zeros(4, 1, D), problem.goal, problem.radius, torch.full((4,), 0.1))
+    down = ascend(problem, constraint.feasible(problem), climb, 5, Downhill())
+    assert (down.delta == 0).all() and (down.margin == -1).all() and not down.reached.any()
+
+
+class Downhill:
+    """A step rule that is wrong at every step."""
+
+    def start(self, delta: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def move(self, state: tuple[Tensor, ...], direction: Tensor) -> tuple[Tensor, Any]:
+        return -direction / norms(direction).clamp_min(1e-30), state
+
+
+@pytest.mark.parametrize("constraint", [Unconstrained(), GradientProjection(), EncoderNull()])
+def test_a_search_uses_no_operation_that_may_differ_from_run_to_run(
+    subject: Subject, batch: Batch, bank: FeatureBank, constraint: Constraint
+) -> None:
+    """METHODS C.5: torch refuses nothing of a search where it must be deterministic, and finds the
+    same."""
+    problem = tiny_problem(subject, batch, bank, goal=3.0, budget=0.5)
+    spec = RecoverySpec(constraint=constraint, steps=10, refine_steps=5, doublings=1)
+    free = recover(problem, spec, seed=0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = tiny_problem(subject, batch, bank, goal=3.0, budget=0.5)
+        strict = recover(again, spec, seed=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(free.delta, strict.delta) and free.outcomes == strict.outcomes
 
 
 @pytest.mark.parametrize("constraint", [Unconstrained(), GradientProjection(), EncoderNull()])

@@ -14,12 +14,15 @@ from holdfast.attacks.residual import _positions, pose
 from holdfast.batch import Batch, Example, lead
 from holdfast.behaviors.refusal import Refusal
 from holdfast.constraints.encoder_null import EncoderNull
-from holdfast.controls import aim_elsewhere
+from holdfast.controls import aim_elsewhere, aimed_among
+from holdfast.controls.no_clamp import NoClamp
 from holdfast.controls.none import NoControl
 from holdfast.controls.wrong_target import WrongTarget
 from holdfast.discovery.attribution import Attribution
-from holdfast.edits import Perturbation
-from holdfast.errors import ContextError
+from holdfast.edits import FeatureEdit, Perturbation
+from holdfast.errors import ContextError, EmptyValidSetError
+from holdfast.features import FeatureSet
+from holdfast.found import collapsed_of, funnel_of
 from holdfast.interventions.clamp import Clamp
 from holdfast.judges import complies, refuses
 from holdfast.loading import SubjectSpec
@@ -102,6 +105,43 @@ def test_an_unrelated_answer_is_as_long_and_another(batch: Batch) -> None:
         assert all(other != batch.tokens[row, -2:].tolist() for _ in [0])
 
 
+def test_a_prompt_without_unrelated_text_is_left_out_and_the_others_are_searched(
+    batch: Batch,
+) -> None:
+    """One long answer: no other answer and no prompt gives so many other tokens."""
+    forced = batch.forcing([list(range(4, 34)), *ANSWERS[1:]])
+    aimed = aim_elsewhere(forced, forced.targets)
+    assert aimed.ids == batch.ids[1:]
+    rows, left = aimed_among(forced, aimed)
+    assert rows.tolist() == list(range(1, len(batch))) and set(left) == {batch.ids[0]}
+    assert all("no other prompt" in reason for reason in left.values())
+    # What the others are aimed at does not depend on who was left out.
+    for row, answer in zip(aimed.forced.tolist(), ANSWERS[1:], strict=True):
+        other = [token for token in row if token >= 0]
+        assert len(other) == len(answer) and other != answer
+    alone = forced.rows(torch.tensor([0]))
+    with pytest.raises(EmptyValidSetError, match=r"no prompt of 1 .*up to 30.*n_forced"):
+        aim_elsewhere(alone, alone.targets)
+
+
+@pytest.mark.parametrize("control", [WrongTarget(), NoClamp()])
+def test_a_control_says_why_it_searches_fewer_prompts(
+    subject: Subject, batch: Batch, features: FeatureSet, clamp: FeatureEdit, control: Any
+) -> None:
+    forced = batch.forcing([list(range(4, 34)), *ANSWERS[1:]])
+    n = len(batch)
+    setting = Setting(
+        subject=subject, features=features, intervention=Clamp(mode="set", value=1.0),
+        edits=(clamp,), sizes={}, test=forced, clean_margin=torch.arange(1.0, n + 1),
+        suppressed_margin=-torch.ones(n), suppressed_answer=torch.zeros(n, dtype=torch.long),
+        neighbors={},
+    )  # fmt: skip
+    case = control.case(setting, lambda: setting)
+    assert case.batch.ids == batch.ids[1:] and case.rows.tolist() == list(range(1, n))
+    assert case.clean_margin.tolist() == list(range(2, n + 1)), "goals stay with their prompts"
+    assert set(case.dropped) == {batch.ids[0]}
+
+
 # ------------------------------------------------------------------------------ on the organism
 
 
@@ -144,6 +184,14 @@ def test_broken_text_is_not_suppression(organism: Subject) -> None:
     labels = broken.changed.labels
     assert sum(map(refuses, labels)) < len(labels) / 2
     assert len(broken.valid) == sum(map(refuses, labels))
+    nonsense = [
+        bool(broken.clean[row]) and label in ("degenerate", "empty")
+        for row, label in enumerate(labels)
+    ]
+    assert collapsed_of(broken) == sum(nonsense) > 0, "counted apart, as what it is"
+    assert not any(nonsense[row] for row in broken.valid.tolist())
+    funnel = funnel_of(broken, NoControl().case(broken, lambda: broken), None)
+    assert funnel["collapsed"] == sum(nonsense)
 
 
 SPEC = RecoverySpec(

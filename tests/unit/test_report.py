@@ -160,6 +160,9 @@ def make_record(
         measurement("recovery_rate", recovered / n, n),
         measurement("smallest_norm_relative", typical, n, 0.02),
         measurement("preactivation_drift", drifts[len(drifts) // 2], n, 0.0),
+        measurement("reactivated_within_eligible", 0.0625, n, 0.01),
+        measurement("zero_reactivation_rate", 0.5 * recovered / n, n),
+        measurement("none_reactivated_rate", recovered / n, n),
     ]
     if fake.neighbors:
         measurements += [
@@ -195,6 +198,13 @@ def make_record(
                 "clamp_mismatch_mean": math.nan,
                 "firings_kept_mean": math.nan,
                 "displacement_mean": 1.0,
+                "n_slots": 2 * n,
+                "n_eligible": 2 * n - 3,
+                "n_reactivated": 5,
+                "reactivated_of_all": 5 / (2 * n),
+                "reactivated_within_eligible": 5 / (2 * n - 3),
+                "reactivated_mass_mean": 0.0375,
+                "decode_drift_mean": 0.52,
                 "gate_flips": 0 if constraint == "encoder_null" else 17,
                 "norm_relative_max": 0.5,
                 "budget_relative": 0.5,
@@ -334,6 +344,15 @@ def test_tables_can_be_taken_away(page: str) -> None:
     (_, csv_text), (_, json_text) = tables
     n = len(json.loads(base64.b64decode(json_text))["trials"])
     assert len(base64.b64decode(csv_text).decode().splitlines()) == n + 1
+
+
+def test_features_that_came_on_again_are_counted(page: str) -> None:
+    text = own(page)
+    section = text[text.index('<section id="drift">') : text.index('<section id="steps">')]
+    assert "Clamped features that came on again" in section
+    n = 19  # of 24 prompts five are not audited
+    rows = re.findall(rf"<td>{2 * n - 3} of {2 * n}</td><td>14%</td><td>6%", section)
+    assert len(rows) == len(FAKES) * len(CONSTRAINTS)
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:

@@ -168,6 +168,16 @@ def test_texts_are_cut_to_what_is_read_and_special_tokens_left_out() -> None:
     assert readable(EndsTexts(tokenizer), [plain, short], 2, 10) == []  # type: ignore[arg-type]
 
 
+def test_texts_that_are_one_after_the_cut_are_refused_before_anything_is_read() -> None:
+    tokenizer: Any = tiny_tokenizer()
+    long = " ".join(f"w{i}" for i in range(12))
+    first, second = LabelledText("1", f"{long} w20", "a"), LabelledText("2", f"{long} w21", "a")
+    assert len(readable(tokenizer, [first, second], 2, 14)) == 2
+    with pytest.raises(StudyError, match=r"1 and 2 of class 'a' are the same.*max_tokens = 10"):
+        readable(tokenizer, [first, second], 2, 10)
+    assert len(readable(tokenizer, [first, second], 1, 10)) == 1, "nobody asked for the second"
+
+
 def test_neighbors_are_balanced_and_ask_every_probe(tmp_path: Path) -> None:
     source = write(tmp_path / "texts.jsonl", rows_of(30))
     behavior = TPP(source=source, classes=dict(CLASSES), target="b", max_tokens=20)
@@ -426,6 +436,12 @@ def test_an_audit_recovers_at_the_closed_form_and_verifies_it(ran: dict[str, Tri
         assert checks["preactivation_drift_max"] < 1e-6 and checks["replay_error"] < 1e-4
         assert 0 < checks["free_share_mean"] < 1
         assert -1e-5 < checks["closed_form_error_min"] <= checks["closed_form_error_max"] < 0.01
+        rates = {m["name"]: m["estimate"] for m in made.result["measurements"]}
+        assert checks["n_eligible"] > 0 and checks["n_reactivated"] == 0, "every feature is held"
+        assert rates["none_reactivated_rate"] == rates["recovery_rate"]
+        assert rates["reactivated_within_eligible"] == rates["reactivated_of_all"] == 0
+        assert rates["other_order_rate"] == 1 and checks["other_order_margin_max"] < 1e-3
+        assert rates["zero_reactivation_rate"] <= rates["none_reactivated_rate"]
 
 
 def test_a_record_can_be_read_again_without_the_run(

@@ -14,7 +14,7 @@ from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
 from holdfast.subspace import NullSpace
-from holdfast.verify import verify
+from holdfast.verify import margin_in_order, verify
 
 SITE = Site(2)
 
@@ -73,6 +73,10 @@ def test_reclamping_changes_nothing_under_an_exact_constraint(
         for o in (True, False)
     )
     assert (a.margin - b.margin).abs().max() > 1e-3, "they differ where the clamp has work to do"
+    sets = (replace(clamp, mode="set"),)
+    for clamp_first, checks in ((True, a), (False, b)):
+        turned = margin_in_order(subject, batch, sets, leaky, clamp_first)
+        assert torch.equal(turned, checks.margin), "the pass that verification makes in that order"
 
 
 def test_drift_equals_a_direct_computation(

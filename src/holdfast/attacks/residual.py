@@ -21,7 +21,7 @@ from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.variants import Recovered
-from holdfast.verify import verify
+from holdfast.verify import margin_in_order, verify
 
 
 class Residual(AttackKind):
@@ -54,6 +54,9 @@ class Residual(AttackKind):
             {site: case.features.median_active(site) for site in problem.held},
             clamp_first,
         )
+        turned = margin_in_order(
+            case.subject, case.batch, case.edits, perturbation, not clamp_first
+        )
         regained = regain(setting, case, problem, perturbation, checks, clamp_first)
         paths = None
         if attacked.paths is not None:
@@ -63,8 +66,9 @@ class Residual(AttackKind):
             )
             paths = follow(own, attacked.paths, attacked.seed, back)
         found = Found(
-            setting, case, problem, recovery, checks, spec.constraint.promise, regained, paths
-        )
+            setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained,
+            paths,
+        )  # fmt: skip
         return TrialResult(
             result=result_of(found),
             tensors={
@@ -103,6 +107,7 @@ def pose(spec: RecoverySpec, case: Case) -> Problem:
         },
         reference_norm=reference,
         radius=radius,
+        objective=spec.objective,
     )
 
 

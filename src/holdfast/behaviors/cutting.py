@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from holdfast.datasets.labelled import LabelledText
+from holdfast.errors import StudyError
+from holdfast.manifest import prompt_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,12 +20,14 @@ def readable(
     """The first n texts without special tokens but BOS, cut to `max_tokens`.
 
     BOS, EOS and padding are no part of what is pooled (METHODS I.2); only BOS is known by where it
-    stands, so a text that holds another is left out.
+    stands, so a text that holds another is left out. Raises StudyError if two of them are the same
+    after the cut: a prompt counts once.
     """
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     # An unknown word is a word, unless its token is one of those as well.
     special = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - marks)
     kept: list[LabelledText] = []
+    first: dict[str, str] = {}
     for text in texts:
         if len(kept) == n:
             break
@@ -33,5 +37,12 @@ def readable(
         inside = tokenizer(cut)["input_ids"]
         if special & set(inside[1:]) or (inside[0] in special - {tokenizer.bos_token_id}):
             continue
+        other = first.setdefault(prompt_sha256(cut), text.id)
+        if other != text.id:
+            raise StudyError(
+                f"{other} and {text.id} of class {text.label!r} are the same text after the cut to "
+                f"max_tokens = {max_tokens}, and a prompt counts once; read more tokens, or take "
+                "one of them out of the data"
+            )
         kept.append(replace(text, text=cut))
     return kept

@@ -36,6 +36,9 @@ CONTROLS = Registry(
 )
 
 
+NO_TEXT = "no other prompt has an answer or an instruction of so many other tokens to force"
+
+
 @dataclass(frozen=True)
 class Case:
     """What is searched: n audited rows of the test batch, and what is asked of them.
@@ -89,10 +92,12 @@ def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
     are neither that nor the right answer one is drawn by example id, so that it is neither the
     easiest nor the hardest. It must beat the right answer and all others; where answers do not rule
     each other out, what the right answer has to beat, and no more. Where answers of several
-    tokens are read, it is another prompt's answer of the same length, drawn likewise.
+    tokens are read, it is another prompt's answer of the same length, drawn likewise; prompts for
+    which there is none are left out (`aimed_among` says which). Raises EmptyValidSetError if that
+    leaves no prompt.
     """
     if batch.forced is not None:
-        return batch.forcing(_unrelated(batch))
+        return _aim_at_text(batch)
     targets, rivals = [], []
     answers = batch.answers()
     for row in range(len(batch)):
@@ -119,6 +124,16 @@ def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
     )
 
 
+def aimed_among(batch: Batch, aimed: Batch) -> tuple[Tensor, dict[str, str]]:
+    """Rows of a batch that `aim_elsewhere` aimed, in the order of `aimed`, and example id → why of
+    the others."""
+    row_of = {example: row for row, example in enumerate(batch.ids)}
+    rows = [row_of[example] for example in aimed.ids]
+    left = set(batch.ids) - set(aimed.ids)
+    index = torch.as_tensor(rows, dtype=torch.long, device=batch.tokens.device)
+    return index, dict.fromkeys(sorted(left), NO_TEXT)
+
+
 def already_there(subject: Subject, batch: Batch, edits: Sequence[Edit]) -> Tensor:
     """[b] bool: a wrong answer shows before any search.
 
@@ -129,12 +144,28 @@ def already_there(subject: Subject, batch: Batch, edits: Sequence[Edit]) -> Tens
     return batch.margin(subject.read(batch, edits)) > 0
 
 
-def _unrelated(batch: Batch) -> list[list[int]]:
+def _aim_at_text(batch: Batch) -> Batch:
+    """The prompts for which there is an unrelated answer of several tokens, read for it."""
+    found = _unrelated(batch)
+    kept = [row for row, other in enumerate(found) if other is not None]
+    if not kept:
+        longest = max(len(row[row >= 0]) for row in batch.forced) if batch.forced is not None else 0
+        raise EmptyValidSetError(
+            f"no prompt of {len(batch)} can be aimed elsewhere: neither another prompt's clean "
+            f"answer nor its instruction gives as many other tokens to force (up to {longest}); "
+            "read fewer tokens (n_forced), or audit more prompts",
+            {"valid": len(batch)},
+        )
+    rows = torch.as_tensor(kept, dtype=torch.long, device=batch.tokens.device)
+    return batch.rows(rows).forcing([other for other in found if other is not None])
+
+
+def _unrelated(batch: Batch) -> list[list[int] | None]:
     """For each prompt the first tokens of another's answer, as many as its own has.
 
     Where all answers begin alike, the end of another prompt's instruction takes their place: text
-    of the same language and length that answers nothing. Raises EmptyValidSetError if there is no
-    other prompt that long.
+    of the same language and length that answers nothing. None where there is no other prompt that
+    long.
     """
     assert batch.forced is not None
     answers = [[token for token in row if token >= 0] for row in batch.forced.tolist()]
@@ -143,20 +174,13 @@ def _unrelated(batch: Batch) -> list[list[int]]:
         asked.tokens[row, (asked.positions[row] >= 0)][: int(asked.template[row])].tolist()
         for row in range(len(batch))
     ]
-    found = []
+    found: list[list[int] | None] = []
     for row, own in enumerate(answers):
         n = len(own)
         others = [a[:n] for a in answers if len(a) >= n and a[:n] != own] or [
             text[-n:] for i, text in enumerate(instructions) if i != row and len(text) > n
         ]
-        if not others:
-            raise EmptyValidSetError(
-                f"prompt {batch.ids[row]}: neither another prompt's clean answer nor its "
-                f"instruction gives {n} other tokens to force; read fewer tokens (n_forced), or "
-                "audit more prompts",
-                {"valid": len(batch)},
-            )
-        found.append(others[int(digest(batch.ids[row])[:8], 16) % len(others)])
+        found.append(others[int(digest(batch.ids[row])[:8], 16) % len(others)] if others else None)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from holdfast.controls import Case, ControlKind, aim_elsewhere, already_there
+from holdfast.controls import Case, ControlKind, aim_elsewhere, aimed_among, already_there
 from holdfast.setting import Setting
 
 
@@ -20,8 +20,10 @@ class NoClamp(ControlKind):
 
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         rows = setting.valid
-        batch = setting.test.rows(rows)
-        batch = aim_elsewhere(batch, batch.targets)
+        asked = setting.test.rows(rows)
+        batch = aim_elsewhere(asked, asked.targets)
+        aimed, dropped = aimed_among(asked, batch)
+        rows = rows[aimed]
         shown = already_there(setting.subject, batch, ())
         kept = (~shown).nonzero().flatten()
         return Case(
@@ -31,7 +33,8 @@ class NoClamp(ControlKind):
             rows=rows[kept],
             batch=batch.rows(kept),
             clean_margin=setting.clean_margin[rows[kept]],
-            dropped={
+            dropped=dropped
+            | {
                 batch.ids[row]: "the wrong target is there without the clamp"
                 for row in shown.nonzero().flatten().tolist()
             },

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from holdfast.controls import Case, ControlKind, aim_elsewhere, already_there
+from holdfast.controls import Case, ControlKind, aim_elsewhere, aimed_among, already_there
 from holdfast.setting import Setting
 
 
@@ -22,8 +22,11 @@ class WrongTarget(ControlKind):
 
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         rows = setting.valid
+        asked = setting.test.rows(rows)
+        batch = aim_elsewhere(asked, setting.suppressed_answer[rows])
+        aimed, dropped = aimed_among(asked, batch)
+        rows = rows[aimed]
         given = setting.suppressed_answer[rows]
-        batch = aim_elsewhere(setting.test.rows(rows), given)
         # A forced answer of several tokens is never the one given: it is longer than a token.
         shown = (batch.targets == given) & torch.as_tensor(batch.forced is None)
         shown = shown | already_there(setting.subject, batch, setting.edits)
@@ -35,7 +38,8 @@ class WrongTarget(ControlKind):
             rows=rows[kept],
             batch=batch.rows(kept),
             clean_margin=setting.clean_margin[rows[kept]],
-            dropped={
+            dropped=dropped
+            | {
                 batch.ids[row]: "the only wrong target is the answer given under the clamp"
                 for row in shown.nonzero().flatten().tolist()
             },

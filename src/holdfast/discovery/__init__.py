@@ -25,6 +25,8 @@ DISCOVERIES = Registry(
         "given": "holdfast.discovery.given:Given",
         "attribution": "holdfast.discovery.attribution:Attribution",
         "tpp_effect": "holdfast.discovery.tpp_effect:TPPEffect",
+        "minimal": "holdfast.discovery.minimal:Minimal",
+        "factorization": "holdfast.discovery.factorization:Factorization",
     },
 )
 
@@ -44,6 +46,10 @@ class DiscoveryKind(Kind):
         """Whether it runs the whole SAE, with gradients, on the fit split: what a forecast counts
         on unless a kind says that it does not."""
         return True
+
+    def passes(self, sites: Sequence[Site]) -> int:
+        """About how many more times it runs the fit prompts through the model, for a forecast."""
+        return 0
 
     def expected(self, sites: Sequence[Site]) -> FeatureSet:
         """A set of the size it may find at most, for a forecast; the ids mean nothing."""

@@ -50,6 +50,7 @@ def preparing(scene: Scene) -> Stage:
     if scene.trial.discovery.reads_whole:
         for site in scene.saes:
             work += _attribution(scene, site.depth, scene.saes[site].n_features)
+    work += passes.full(n["fit"], width) * scene.trial.discovery.passes(tuple(scene.saes))
     n_candidates = len(scene.trial.intervention.candidates())
     if n_candidates > 1:
         tuned = n["tune"] + beside["tune"]
@@ -97,14 +98,16 @@ def searching(scene: Scene) -> Stage:
 
 
 def verifying(scene: Scene) -> Stage:
-    """Full passes with and without the saved perturbation; replies where there are any, and how
-    likely they are where the audited behavior itself was searched for."""
+    """Full passes with and without the saved perturbation, and with the clamp in the other order;
+    replies where there are any, and how likely they are where the audited behavior itself was
+    searched for."""
     behavior, rows, passes = scene.trial.behavior, scene.rows, scene.passes
 
     def checked(tokens: int) -> Work:
         return (passes.full(rows, tokens, behavior.n_read) + clamped(scene, rows, tokens)) * 2
 
-    work = checked(scene.tokens)
+    work = checked(scene.tokens) + passes.full(rows, scene.tokens, behavior.n_read)
+    work += clamped(scene, rows, scene.tokens)
     if behavior.answer_tokens:
         long = scene.prompts.width + behavior.answer_tokens
         work += _observed(scene, rows, True) + checked(long)

@@ -180,9 +180,3 @@ def _common_subsequence(a: _Bag, b: _Bag) -> int:
         match = a.places.get(word, 0)
         row = (row + (row & match) | row & ~match) & full
     return len(a.words) - row.bit_count()
-
-
-def similarity_of(a: str, b: str) -> tuple[float, float]:
-    """Token F1 and ROUGE-L of two texts."""
-    first, second = _Bag.of(words(a), {}), _Bag.of(words(b), {})
-    return token_f1(first, second), rouge_l(first, second)

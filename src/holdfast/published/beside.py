@@ -197,7 +197,11 @@ MEASURES: dict[str, Callable[[Finished], Value]] = {
     "suppressed_margin_mean": _mean("suppressed_margin"),
     "recovered_margin_mean": _mean("margin"),
     "drift_absolute_mean": _mean("drift_absolute"),
+    "decode_drift_mean": _mean("decode_drift"),
     "drift_relative_mean": _mean("drift_relative"),
     "drift_relative_median": _drift_relative_median,
+    "reactivated_within_eligible": lambda each: each.measurement("reactivated_within_eligible"),
+    "reactivated_of_all": lambda each: each.measurement("reactivated_of_all"),
+    "zero_reactivation_rate": lambda each: each.measurement("zero_reactivation_rate"),
 }
 """Measures of published figures that a run has too, over its audited prompts."""

@@ -27,6 +27,7 @@ from holdfast.statistics import (
 
 Row = Mapping[str, Any]
 SEED = "seed"
+NEIGHBOR = "neighbor"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class Stop:
     @property
     def n_valid(self) -> int:
         return len(self.point.main.audited)
+
+    @property
+    def elsewhere(self) -> dict[str, tuple[Interval, Interval]]:
+        """Behavior that the clamp should leave alone → its rate without and with the clamp, here:
+        capability, or answers to benign prompts (over-refusal where they go)."""
+        return neighbors_of(self.point)
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,30 @@ def _clusters(rows: Sequence[Row]) -> list[str]:
 
 def _rate(rows: Sequence[Row]) -> Interval:
     return clustered_rate([float(row["recovered"]) for row in rows], _clusters(rows))
+
+
+def neighbors_of(point: Point) -> dict[str, tuple[Interval, Interval]]:
+    """Neighbor → (rate without the clamp, rate with it), as measured; {} where there is none."""
+    found = {}
+    for measured in point.main.result["measurements"]:
+        prefix, _, rest = measured["name"].partition(".")
+        name, _, condition = rest.rpartition(".")
+        if prefix == NEIGHBOR and condition == "clean":
+            suppressed = point.main.measured(f"{NEIGHBOR}.{name}.suppressed")
+            if suppressed is not None:
+                found[name] = (_stored(measured), _stored(suppressed))
+    return found
+
+
+def _stored(measured: Row) -> Interval:
+    """A measurement as it was stored; what was not measured is NaN."""
+    estimate, low, high = (
+        nan if measured[name] is None else float(measured[name])
+        for name in ("estimate", "low", "high")
+    )
+    return Interval(
+        estimate, low, high, 0.95, measured["method"], measured["n"], measured["n_clusters"]
+    )
 
 
 def _norm(rows: Sequence[Row]) -> Interval:

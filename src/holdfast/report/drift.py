@@ -32,8 +32,19 @@ def section(data: ReportData) -> Section:
     ]  # fmt: skip
     figures = (_drift(data), _trace(data))
     read = [row for row in rows if is_number(row["checks"].get("preactivation_drift_answer_max"))]
-    context = {"rows": rows, "along": read, "drift": figures[0], "trace": figures[1],
-               "contrast": _contrast(data)}  # fmt: skip
+    again = [row for row in rows if row["point"].main.measured("zero_reactivation_rate")]
+    for row in again:
+        row["within"], row["silent"], row["none_again"], row["turned"] = (
+            row["point"].main.measured(name)
+            for name in (
+                "reactivated_within_eligible", "zero_reactivation_rate", "none_reactivated_rate",
+                "other_order_rate",
+            )
+        )  # fmt: skip
+    context = {
+        "rows": rows, "along": read, "again": again, "drift": figures[0], "trace": figures[1],
+        "contrast": _contrast(data),
+    }  # fmt: skip
     return Section("drift", "Did the clamped features stay put?", context, figures)
 
 

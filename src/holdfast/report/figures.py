@@ -76,6 +76,15 @@ def color_of(kind: str, known: dict[str, str], order: Sequence[str]) -> str:
     return SPARE[others.index(kind) % len(SPARE)]
 
 
+def shade(place: int, n: int) -> str:
+    """A color for each of n values in order, from orange to blue: seen on white and on black."""
+    along = place / max(n - 1, 1)
+    mixed = (
+        round(a + (b - a) * along) for a, b in zip((232, 112, 42), (31, 138, 210), strict=True)
+    )
+    return "#" + "".join(f"{part:02x}" for part in mixed)
+
+
 def jitter(n: int, width: float) -> list[float]:
     """n offsets in ±width/2 that look random and are always the same (golden ratio)."""
     return [((i * 0.6180339887498949) % 1 - 0.5) * width for i in range(n)]

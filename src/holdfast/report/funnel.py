@@ -43,4 +43,5 @@ def _bars(audit: AuditData) -> dict[str, Any]:
         "bars": bars,
         "dropped": funnel["dropped"],
         "splits": funnel["splits"],
+        "collapsed": funnel.get("collapsed"),
     }

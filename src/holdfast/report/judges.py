@@ -13,6 +13,7 @@ from holdfast.second_opinions import ALL, PREFIX, TOGETHER
 MEASURES = {
     "clean_answer_nll": "clean answer: negative log-likelihood, nats a token",
     "reply_perplexity": "reply: perplexity under the model without clamp and vector",
+    "reply_foreign_letters": "reply: letters in a script of neither prompt nor clean answer",
     "fidelity_token_f1": "reply: token F1 with the clean answer",
     "fidelity_rouge_l": "reply: ROUGE-L with the clean answer",
     "fidelity_z": "reply: distance from unrelated answers, in their standard deviations",

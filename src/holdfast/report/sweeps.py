@@ -24,10 +24,12 @@ from holdfast.report.figures import (
     color_of,
     figure,
     label_safe,
+    shade,
 )
 from holdfast.report.panels import band, panels
 from holdfast.report.section import Section
 from holdfast.statistics import Interval
+from holdfast.study import headline_constraint
 
 BUDGET = "recovery.budget."
 FLOOR = 1e-10
@@ -44,7 +46,14 @@ def section(data: ReportData) -> Section | None:
         for number, sweep in enumerate(sweeps):
             own = _figures(f"{index}-{number}", sweep, data.constraints)
             figures += own
-            drawn.append({"sweep": sweep, "figures": own, "random": _has_random(sweep)})
+            drawn.append(
+                {
+                    "sweep": sweep,
+                    "figures": own,
+                    "random": _has_random(sweep),
+                    "neighbors": _neighbors(sweep),
+                }
+            )
         front = _pareto(index, audit, data.constraints)
         figures += [front] if front else []
         audits.append(
@@ -82,12 +91,20 @@ def _has_random(sweep: Sweep) -> bool:
     return any(stop.point.arm("random_features") for line in sweep.lines for stop in line.stops)
 
 
+def _neighbors(sweep: Sweep) -> list[str]:
+    """Behaviors beside the audited one that some point measured."""
+    stops = [stop for line in sweep.lines for stop in line.stops]
+    return list(dict.fromkeys(name for stop in stops for name in stop.elsewhere))
+
+
 def _figures(id_: str, sweep: Sweep, order: Sequence[str]) -> list[Figure]:
     if not sweep.is_curve:
         return []
     made = [_curves(id_, sweep, order)]
     if sweep.path.startswith(BUDGET):
         made.append(_success(id_, sweep, order))
+    else:
+        made.append(_spread(id_, sweep))
     return made
 
 
@@ -198,6 +215,41 @@ def _success(id_: str, sweep: Sweep, order: Sequence[str]) -> Figure:
             "xaxis": {"title": {"text": "norm or budget, share of the residual's"},
                       "zeroline": False, "rangemode": "tozero"},
             "yaxis": {"title": {"text": "goal reached"}, "range": [-0.03, 1.04],
+                      "tickformat": ".0%", "zeroline": False},
+        },
+    )  # fmt: skip
+
+
+def _spread(id_: str, sweep: Sweep) -> Figure:
+    """How the smallest norms are distributed at every point, under the constraint that a reader
+    should look at first: the share of prompts whose goal is reached within a norm."""
+    from plotly import graph_objects as go
+
+    own = headline_constraint(list(dict.fromkeys(line.constraint for line in sweep.lines)))
+    traces = []
+    for index, line in enumerate(line for line in sweep.lines if line.constraint == own):
+        for place, stop in enumerate(line.stops):
+            xs, ys = success_curve(stop.point)
+            name = f"{sweep.name} {stop.name}" + (f", {line.name}" if index else "")
+            traces.append(
+                go.Scatter(
+                    x=xs, y=ys, mode="lines", name=label_safe(name),
+                    line={"shape": "hv", "width": 2, "dash": DASHES[index % len(DASHES)],
+                          "color": shade(place, len(line.stops))},
+                    hovertemplate="%{y:.0%} within %{x:.3f}",
+                )
+            )  # fmt: skip
+    return figure(
+        f"spread-{id_}",
+        f"Distribution of {sweep.audit}'s smallest norms at every point along {sweep.name}",
+        traces,
+        {
+            "height": 320,
+            "margin": {"l": 58, "r": 16, "t": 40, "b": 46},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "xaxis": {"title": {"text": "smallest norm, share of the residual's"},
+                      "zeroline": False, "rangemode": "tozero"},
+            "yaxis": {"title": {"text": f"goal reached under {own}"}, "range": [-0.03, 1.04],
                       "tickformat": ".0%", "zeroline": False},
         },
     )  # fmt: skip
