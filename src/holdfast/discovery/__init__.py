@@ -24,6 +24,7 @@ DISCOVERIES = Registry(
     {
         "given": "holdfast.discovery.given:Given",
         "attribution": "holdfast.discovery.attribution:Attribution",
+        "forget_retain": "holdfast.discovery.forget_retain:ForgetRetain",
         "tpp_effect": "holdfast.discovery.tpp_effect:TPPEffect",
     },
 )
@@ -44,6 +45,12 @@ class DiscoveryKind(Kind):
         """Whether it runs the whole SAE, with gradients, on the fit split: what a forecast counts
         on unless a kind says that it does not."""
         return True
+
+    @property
+    def corpora(self) -> tuple[int, int]:
+        """Texts of other data that it reads up to its sites, with the whole SAE and without
+        gradients, and the most tokens of one."""
+        return 0, 0
 
     def expected(self, sites: Sequence[Site]) -> FeatureSet:
         """A set of the size it may find at most, for a forecast; the ids mean nothing."""

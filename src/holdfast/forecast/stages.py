@@ -49,6 +49,7 @@ def preparing(scene: Scene) -> Stage:
     if scene.trial.discovery.reads_whole:
         for site in scene.saes:
             work += _attribution(scene, site.depth, scene.saes[site].n_features)
+    work += _corpora(scene)
     n_candidates = len(scene.trial.intervention.candidates())
     if n_candidates > 1:
         tuned = n["tune"] + beside["tune"]
@@ -183,6 +184,19 @@ def clamped(scene: Scene, rows: int, tokens: int) -> Work:
     d = scene.model.d_model
     used: Sequence[int] = [k + scene.whole[site] for site, k in scene.features.items()]
     return Work(flops32=4 * d * sum(used) * rows * tokens)
+
+
+def _corpora(scene: Scene) -> Work:
+    """Texts of other data run up to each site, and every feature encoded at every token. Counted
+    for every point of a grid, though points that differ in a threshold alone share it."""
+    rows, tokens = scene.trial.discovery.corpora
+    works = []
+    for site, sae in scene.saes.items() if rows else ():
+        run = scene.passes.replay(rows, 0, tokens, tokens, last=site.depth)
+        codes = Work(flops32=2 * scene.model.d_model * sae.n_features * rows * tokens)
+        n_batches = -(-rows // scene.batch_size)
+        works.append(run + codes + scene.passes.launches(0, site.depth, back=False) * n_batches)
+    return total(works)
 
 
 def _attribution(scene: Scene, depth: int, n_features: int) -> Work:
