@@ -22,6 +22,7 @@ from holdfast.edits import Edit
 from holdfast.features import FeatureSet
 from holdfast.interventions import InterventionKind
 from holdfast.manifest import origin_of
+from holdfast.measure import Measurement
 from holdfast.readouts import Readout
 from holdfast.reconstruction import explained
 from holdfast.strength import choose_strength
@@ -120,6 +121,11 @@ class Setting:
     def valid(self) -> Tensor:
         """Rows of `test` to audit."""
         return self.suppressed.nonzero().flatten()
+
+    @cached_property
+    def scores(self) -> tuple[Measurement, ...]:
+        """What the intervention did in the behavior's own measures, taken once for all trials."""
+        return () if self.behavior is None else self.behavior.scores(self)
 
     def manifest(self, row: int) -> dict[str, Any]:
         """Where a test prompt came from, and which of the two conditions it meets."""

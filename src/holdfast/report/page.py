@@ -31,6 +31,7 @@ from holdfast.report import (
     steps,
     strata,
     sweeps,
+    unlearning,
     verdicts,
     wording,
 )
@@ -40,7 +41,7 @@ from holdfast.store import RunFolder, write_atomic
 
 SECTIONS = (
     verdicts, preflight, funnel, norms, forcing, path, sweeps, error_term, strata, drift, steps,
-    judges, known_answer, attempts, soft_suffix, side_effects, clamped, prompts, limits,
+    judges, known_answer, attempts, soft_suffix, side_effects, unlearning, clamped, prompts, limits,
     provenance,
 )  # fmt: skip
 PICTURE = "picture.svg"

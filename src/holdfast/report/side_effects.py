@@ -64,6 +64,8 @@ def _rows(audit: AuditData) -> list[dict[str, Any]]:
                 "clean": clean,
                 "suppressed": suppressed,
                 "change": suppressed["estimate"] - clean["estimate"] if both else None,
+                # Records of before this was measured are read as well.
+                "left": measured.get(f"{PREFIX}{neighbor}.relative"),
             }
         )
     return rows
