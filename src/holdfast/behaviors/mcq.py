@@ -22,6 +22,7 @@ from holdfast.datasets import DATASETS, Dataset, DatasetKind
 from holdfast.datasets.questions import QuestionSet, questions_of
 from holdfast.errors import StudyError
 from holdfast.organism import corpus
+from holdfast.organism.prompts import N_HELD_OUT, PERMUTATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,6 +148,11 @@ class MultipleChoice(BehaviorKind):
             for name, questions in self._question_sets().items()
             if name
         }
+
+    @property
+    def asked_again(self) -> float:
+        orders = N_HELD_OUT if self.source == "organism" else len(PERMUTATIONS)
+        return orders / self.permutations if self.subsets else 0.0
 
     def scores(self, setting: Setting) -> tuple[Measurement, ...]:
         if not self.subsets:

@@ -23,6 +23,9 @@ _CODES = 2**24
 """Most codes in memory at once: so many tokens are encoded together as this leaves for the SAE's
 width (1,024 tokens of one with 16,384 features)."""
 
+_TOKENS = 2**14
+"""Most tokens, padding included, of one pass; a text that is longer has one of its own."""
+
 
 class ForgetRetain(DiscoveryKind):
     """The n features that fire on most tokens of a corpus, of those that hardly fire on another.
@@ -133,9 +136,14 @@ def firing(subject: Subject, sae: SAE, sequences: Sequence[Sequence[int]]) -> Te
 
 def _batches(sequences: Sequence[Sequence[int]], size: int) -> Iterator[list[Sequence[int]]]:
     """Texts of like lengths together, so that little is padded; which are does not matter."""
-    ordered = sorted(sequences, key=len)
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    batch: list[Sequence[int]] = []
+    for row in sorted(sequences, key=len):
+        if batch and (len(batch) == size or (len(batch) + 1) * len(row) > _TOKENS):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _encoded(subject: Subject, text: str) -> list[int]:

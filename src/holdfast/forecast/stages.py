@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from holdfast.forecast.comparing import comparing
@@ -56,6 +57,8 @@ def preparing(scene: Scene) -> Stage:
         work += _observed(scene, tuned, False) + _observed(scene, tuned, True) * n_candidates
     tested = n["test"] + beside["test"]
     work += _observed(scene, tested, False) + _observed(scene, tested, True)
+    again = math.ceil(behavior.asked_again * tested)
+    work += _observed(scene, again, False) * 2 + _observed(scene, again, True)
     if scene.trial.intervention.runs_whole:  # with every feature as it is, and what SAEs explain
         work += _observed(scene, n["test"], True) + passes.full(n["test"], width)
         work += clamped(scene, n["test"], width)
