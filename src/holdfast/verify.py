@@ -49,6 +49,9 @@ class Checks:
     threshold, the k-th value of a TopK), in the units of preactivation_drift.
     undo_cosine: cosine of the perturbation with the clamp's displacement taken back.
     decoder_share: share of the perturbation's squared norm in the span of the held decoder rows.
+    readout_norm, readout_drift, readout_rise, readout_fall: at the last token of the prompt, where
+    the answer is read, ‖z_S‖ of the reference, ‖Δz_S‖, and of Δz_S what went up and what went down;
+    readout_relative: readout_drift with the denominator of drift_relative (METHODS J.4, C.5).
     rounding_floor: the preactivation_drift of random vectors in the encoder's null space, of the
     same norm, that have only been rounded to the model's precision: no exact constraint can be
     expected to do better.
@@ -75,6 +78,11 @@ class Checks:
     overtaken: Tensor
     undo_cosine: Tensor
     decoder_share: Tensor
+    readout_norm: Tensor
+    readout_drift: Tensor
+    readout_rise: Tensor
+    readout_fall: Tensor
+    readout_relative: Tensor
     rounding_floor: Tensor
 
     @property
@@ -148,6 +156,11 @@ def verify(
         overtaken=total.overtaken,
         undo_cosine=undo,
         decoder_share=decoder,
+        readout_norm=total.read_size.sqrt(),
+        readout_drift=(total.read_up + total.read_down).sqrt(),
+        readout_rise=total.read_up.sqrt(),
+        readout_fall=total.read_down.sqrt(),
+        readout_relative=total.relative_at_readout,
         rounding_floor=_rounding_floor(subject, held, frame, reference, perturbation),
     )
 
@@ -274,12 +287,23 @@ class _Features:
     displaced_now: Tensor
     flips: Tensor
     overtaken: Tensor
+    read_size: Tensor
+    read_up: Tensor
+    read_down: Tensor
 
     @property
     def relative(self) -> Tensor:
         """Change of the held features relative to their norm; NaN where they have no scale."""
-        size = torch.maximum(self.size.sqrt(), self.floor.sqrt())
-        return torch.where(size > 0, self.change.sqrt() / size, torch.nan)
+        return self._relative(self.change, self.size)
+
+    @property
+    def relative_at_readout(self) -> Tensor:
+        """The same at the last token of the prompt."""
+        return self._relative(self.read_up + self.read_down, self.read_size)
+
+    def _relative(self, change: Tensor, size: Tensor) -> Tensor:
+        scale = torch.maximum(size.sqrt(), self.floor.sqrt())
+        return torch.where(scale > 0, change.sqrt() / scale, torch.nan)
 
     @classmethod
     def sum(cls, sites: Sequence[_Features]) -> _Features:
@@ -329,6 +353,7 @@ def _at_site(
     still = (bank.activations(recovered.before.double(), frame) > 0) & fired
     elsewhere, anchor, answer = _along(bank, frame, reference.whole, recovered.whole, positions)
     flips = (((z_ref > 0) != (z_rec > 0)) & valid).sum((1, 2)).double()
+    z_read, change_read = _at_readout(bank, frame, reference.whole, recovered.whole)
     return _Features(
         drift=(moved / scale).amax((1, 2)),
         drift_absolute=moved.amax((1, 2)),
@@ -349,7 +374,24 @@ def _at_site(
         displaced_now=_square(recovered.clamped.double() - recovered.before.double()),
         flips=flips,
         overtaken=flips if bank.guarantee == "margin" else torch.zeros_like(flips),
+        read_size=_square(z_read),
+        read_up=_square(change_read.clamp_min(0)),
+        read_down=_square(change_read.clamp_max(0)),
     )
+
+
+def _at_readout(
+    bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes of the held features [n 1 k] at the last token of the prompt, and what changed of them,
+    between two residuals [n s d] at every absolute position."""
+    last = (frame.prompt_length - 1).to(before.device)
+    rows = torch.arange(len(last), device=before.device)
+    z_ref, z_rec = (
+        bank.activations(x[rows, last][:, None].double(), frame) for x in (before, after)
+    )
+    valid = bank.valid[bank.slices(frame)][:, None]
+    return torch.where(valid, z_ref, 0.0), torch.where(valid, z_rec - z_ref, 0.0)
 
 
 def _moved(bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

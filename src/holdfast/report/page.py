@@ -23,6 +23,7 @@ from holdfast.report import (
     limits,
     norms,
     path,
+    posthoc,
     preflight,
     prompts,
     provenance,
@@ -40,9 +41,9 @@ from holdfast.report.picture import draw
 from holdfast.store import RunFolder, write_atomic
 
 SECTIONS = (
-    verdicts, preflight, funnel, norms, forcing, path, sweeps, error_term, strata, drift, steps,
-    judges, known_answer, attempts, soft_suffix, side_effects, unlearning, clamped, prompts, limits,
-    provenance,
+    verdicts, preflight, funnel, norms, forcing, path, sweeps, error_term, strata, drift, posthoc,
+    steps, judges, known_answer, attempts, soft_suffix, side_effects, unlearning, clamped, prompts,
+    limits, provenance,
 )  # fmt: skip
 PICTURE = "picture.svg"
 
