@@ -50,8 +50,8 @@ class OnCommon(Config):
     by_question: mean over questions of the share of each; whole_questions: questions all of whose
     prompts came back. drift, drift_max: ‖Δz_S‖ at the readout, mean and largest; relative_mean:
     mean of it over the floored norm, of n_relative prompts; violating: share of prompts whose held
-    features rose by more than MOVED; near_zero: share whose held features' norm is below NEAR_ZERO to begin with;
-    None where the method's rows do not have the figure.
+    features rose by more than MOVED; near_zero: share whose held features' norm is below NEAR_ZERO
+    to begin with; None where the method's rows do not have the figure.
     """
 
     method: str
