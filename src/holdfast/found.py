@@ -112,7 +112,7 @@ def result_of(found: Found) -> dict[str, Any]:
         unit = _UNITS[name.partition(".")[0]]
         measurements.append(median(name, unit, values, clusters, regained.unscored))
     measurements += rates_of(setting, case, regained)
-    measurements += setting.scores
+    measurements += [*setting.scores, *setting.triggers]
     measurements += by_depth(setting.suppressed_margin[case.rows], recovered, smallest, clusters)
     drift = checks.drift_relative
     closed = recovery.closed_form

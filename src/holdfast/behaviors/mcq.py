@@ -23,6 +23,7 @@ from holdfast.datasets.questions import QuestionSet, questions_of
 from holdfast.errors import StudyError
 from holdfast.organism import corpus
 from holdfast.organism.prompts import N_HELD_OUT, PERMUTATIONS
+from holdfast.triggers import OWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +100,7 @@ class MultipleChoice(BehaviorKind):
         for name in retain:
             if not name.replace("-", "_").isidentifier():
                 raise ValueError(f"expected a name of letters, digits, - and _, got {name!r}")
-            if name == FORGET:
+            if name in (FORGET, OWN):
                 raise ValueError(f"{name!r} is what the source's own questions are called")
         return retain
 
