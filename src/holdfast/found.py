@@ -13,7 +13,7 @@ from holdfast.behaviors.observation import Observation
 from holdfast.canonical import digest
 from holdfast.constraints import Promise
 from holdfast.controls import Case
-from holdfast.measure import Measurement, median, rate, rate_where
+from holdfast.measure import Measurement, median, rate, rate_where, relative
 from holdfast.paths import Paths
 from holdfast.problem import Problem
 from holdfast.recovery import SENTENCES, Recovery, summary_of
@@ -146,8 +146,7 @@ def result_of(found: Found) -> dict[str, Any]:
         reason = _REASONS.get(kind, regained.unscored)
         measurements.append(median(name, _UNITS[kind], values, clusters, reason))
     measurements += rates_of(setting, case, regained)
-    if setting.behavior is not None:
-        measurements += setting.behavior.scores(setting)
+    measurements += [*setting.scores, *setting.triggers]
     measurements += by_depth(setting.suppressed_margin[case.rows], recovered, smallest, clusters)
     drift = checks.drift_relative
     closed = recovery.closed_form
@@ -213,11 +212,13 @@ def result_of(found: Found) -> dict[str, Any]:
 
 def _neighbors(setting: Setting) -> list[Measurement]:
     """What the intervention leaves of behaviors it was not meant for."""
-    return [
-        rate(f"neighbor.{name}.{condition}", shown, batch.clusters)
-        for name, (batch, clean, suppressed) in setting.neighbors.items()
-        for condition, shown in (("clean", clean), ("suppressed", suppressed))
-    ]
+    made = []
+    for name, (batch, clean, suppressed) in setting.neighbors.items():
+        for condition, shown in (("clean", clean), ("suppressed", suppressed)):
+            made.append(rate(f"neighbor.{name}.{condition}", shown, batch.clusters))
+        left = f"neighbor.{name}.relative"
+        made.append(relative(left, suppressed, clean, batch.clusters, "there are no prompts"))
+    return made
 
 
 def _labels(found: Found) -> dict[str, dict[str, int]]:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from holdfast.config import Config
-from holdfast.statistics import Interval, bootstrap, clustered_rate, paired_bootstrap, wilson
+from holdfast.statistics import (
+    Interval,
+    bootstrap,
+    clustered_rate,
+    paired_bootstrap,
+    ratio_of_means,
+    wilson,
+)
 
 
 class Measurement(Config):
@@ -104,3 +111,16 @@ def difference(
     """Mean of a − b over pairs of prompts [n] with a paired, clustered bootstrap interval."""
     first, second = (values.double().cpu().numpy() for values in (a, b))
     return measured(name, unit, paired_bootstrap(first, second, "mean", clusters), reason)
+
+
+def relative(
+    name: str, after: Tensor, before: Tensor, clusters: Sequence[str], nothing: str
+) -> Measurement:
+    """What is left of a share: the rate after over the rate before, both [n] bool of the same
+    prompts. It has no value, for a reason, where nothing was there before; `nothing` says what is
+    missing where there are no prompts at all."""
+    first, second = (values.double().cpu().numpy() for values in (after, before))
+    reason = "the rate before is 0: nothing can be left of it" if len(first) else nothing
+    return measured(
+        name, "share of the rate before", ratio_of_means(first, second, clusters), reason
+    )

@@ -22,10 +22,12 @@ from holdfast.edits import Edit
 from holdfast.features import FeatureSet
 from holdfast.interventions import InterventionKind
 from holdfast.manifest import origin_of
+from holdfast.measure import Measurement
 from holdfast.readouts import Readout
 from holdfast.reconstruction import explained
 from holdfast.strength import choose_strength
 from holdfast.subject import Subject
+from holdfast.triggers import OWN, triggers
 
 
 class Data(Config):
@@ -119,6 +121,17 @@ class Setting:
     def valid(self) -> Tensor:
         """Rows of `test` to audit."""
         return self.suppressed.nonzero().flatten()
+
+    @cached_property
+    def scores(self) -> tuple[Measurement, ...]:
+        """What the intervention did in the behavior's own measures, taken once for all trials."""
+        return () if self.behavior is None else self.behavior.scores(self)
+
+    @cached_property
+    def triggers(self) -> tuple[Measurement, ...]:
+        """How often a conditional intervention acts on the test prompts and on neighbors'."""
+        batches = {name: batch for name, (batch, _, _) in self.neighbors.items()}
+        return triggers(self.subject, self.edits, {OWN: self.test} | batches)
 
     def manifest(self, row: int) -> dict[str, Any]:
         """Where a test prompt came from, and which of the two conditions it meets."""

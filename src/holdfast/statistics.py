@@ -183,6 +183,49 @@ def paired_ratio(
     return replace(log, estimate=estimate, low=low, high=high, method=method)
 
 
+def ratio_of_means(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Clusters | None = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of `a` over the mean of `b`, rows [n] in the same order, `b` at least 0.
+
+    Bootstrap over rows, or over whole clusters. A row with a NaN on either side is dropped and
+    counted. Where all of `b` is 0 there is no ratio: the estimate is NaN; resamples in which it is
+    so say nothing and are left out. Where all resamples agree on a share in [0, 1] a bootstrap has
+    no spread, and the interval is Wilson's over the units that `b` counts in. With fewer than two
+    independent units the bounds are NaN.
+    """
+    _check_level(level)
+    a, b = _pairs(a, b)
+    if (b < 0).any():
+        raise ValueError("a ratio of means needs a denominator of at least 0")
+    missing = np.isnan(a) | np.isnan(b)
+    a, b = np.where(missing, np.nan, a), np.where(missing, np.nan, b)
+    kept, units, dropped = _scored(a, clusters)
+    n, n_units = kept.size, _count(units)
+    how = "clusters resampled" if clusters is not None else "rows independent"
+    method = f"bootstrap of the ratio of means, {how}"
+    above = np.bincount(units, weights=kept, minlength=n_units)
+    below = np.bincount(units, weights=b[~missing], minlength=n_units)
+    if not below.sum():
+        return Interval(math.nan, math.nan, math.nan, level, method, n, n_units, dropped)
+    estimate = float(above.sum() / below.sum())
+    low = high = math.nan
+    if n_units > 1:
+        weights = _resample(np.random.default_rng(seed), n_resamples, n_units)
+        total = weights @ below
+        draws = (weights @ above)[total > 0] / total[total > 0]
+        low, high = (float(q) for q in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
+        if draws.min() == draws.max() and estimate <= 1:
+            low, high = _score_bounds(estimate, int((below > 0).sum()), level)
+            method = "Wilson over units, all resamples agree"
+    return Interval(estimate, low, high, level, method, n, n_units, dropped)
+
+
 def share_greater(
     a: ArrayLike,
     b: ArrayLike,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from holdfast.batch import Batch, Example
+from holdfast.batch import Batch, Example, Frame
 from holdfast.edits import Edit, Placed
 from holdfast.errors import NonFiniteError, SAEError, SubjectError
 from holdfast.families import Family, d_model_of, family_of
@@ -33,7 +33,9 @@ class Subject:
 
     batch_size: most rows in one full forward pass and most lanes in one step of a search; it
     changes memory and speed, not results. A replay keeps what it recorded of all its rows. fitted:
-    readouts that were fitted to it, by the hash of what they were fitted on.
+    readouts that were fitted to it, by the hash of what they were fitted on; counted: tensors that
+    were measured of the model without any edit, by the hash of what asked for them, so that the
+    points of a grid measure them once.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Subject:
     batch_size: int = 128
     prepend_bos: bool = False
     fitted: dict[str, Readout] = field(default_factory=dict, repr=False, compare=False)
+    counted: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def load(cls, spec: SubjectSpec, device: str = "cpu", batch_size: int = 128) -> Subject:
@@ -163,13 +166,7 @@ class Subject:
                 )
             if not row:
                 raise SubjectError(f"prompt {example.id} has no tokens")
-        width = max((len(row) for row in rows), default=1)
-        pad = self.tokenizer.pad_token_id or 0
-        positions = torch.full((len(rows), width), -1, dtype=torch.long)
-        tokens = torch.full((len(rows), width), pad, dtype=torch.long)
-        for i, row in enumerate(rows):
-            tokens[i, width - len(row) :] = torch.as_tensor(row)
-            positions[i, width - len(row) :] = torch.arange(len(row))
+        tokens, positions = self._padded(rows)
         return Batch(
             ids=tuple(example.id for example in examples),
             clusters=tuple(example.cluster for example in examples),
@@ -188,6 +185,17 @@ class Subject:
             ),
             readout=readout,
         ).to(self.device)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Tokens and absolute positions [b s] of token ids, padded on the left."""
+        width = max((len(row) for row in rows), default=1)
+        pad = self.tokenizer.pad_token_id or 0
+        positions = torch.full((len(rows), width), -1, dtype=torch.long)
+        tokens = torch.full((len(rows), width), pad, dtype=torch.long)
+        for i, row in enumerate(rows):
+            tokens[i, width - len(row) :] = torch.as_tensor(row)
+            positions[i, width - len(row) :] = torch.arange(len(row))
+        return tokens, positions
 
     def _template(self, example: Example, row: Sequence[int]) -> int:
         """The position of the first token that lies wholly in the example's suffix."""
@@ -220,6 +228,33 @@ class Subject:
         out = torch.cat(logits)
         self.check_finite(out[:, -1], batch.ids)
         return out
+
+    def residual(self, site: Site, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """What texts are at a site, [b s d_model], and their tokens [b s], -1 for padding.
+
+        rows: token ids, read as they are. No gradients, and no block above the site is run. Raises
+        ContextError for a text longer than the model reads.
+        """
+        names = [f"text {index}" for index in range(len(rows))]
+        check_fits(self.name, self.context, names, [len(row) for row in rows], 0)
+        tokens, positions = (each.to(self.device) for each in self._padded(rows))
+        begins = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        n = (positions >= 0).sum(1)
+        frame = Frame(tuple(names), ("",) * len(rows), positions, n, begins, n)
+        reader = _Last(site)
+        with torch.no_grad(), AttachedEdits(self.family.blocks_of(self.model), (reader,)) as at:
+            at.frame = frame
+            try:
+                self.model(
+                    input_ids=tokens,
+                    attention_mask=(positions >= 0).long(),
+                    position_ids=positions.clamp(min=0),
+                    use_cache=False,
+                    logits_to_keep=1,
+                )
+            except _Enough as enough:
+                return enough.x, torch.where(positions >= 0, tokens, -1)
+        raise AssertionError(f"no residual came by at {site}")
 
     def read(self, batch: Batch, edits: Sequence[Edit] = ()) -> Tensor:
         """Scores of a whole pass as the batch's readout reads them.
@@ -325,6 +360,34 @@ class Subject:
         for edit in edits:
             if isinstance(edit, Placed):
                 edit.check_inside(batch, n_generated)
+
+
+class _Enough(Exception):
+    """Ends a pass whose rest nobody reads, with the residual x [b s d_model] it was run for."""
+
+    def __init__(self, x: Tensor):
+        super().__init__("the pass was read where it was needed")
+        self.x = x
+
+
+@dataclass(frozen=True)
+class _Last:
+    """An edit that ends the pass at its site."""
+
+    site: Site
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.site,)
+
+    def selects(self, site: Site, frame: Frame) -> Tensor:
+        return frame.positions >= 0
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        raise _Enough(x)
+
+    def check_fired(self, site: Site, n_fired: int) -> None:
+        """It ends the pass, so that one which ends by itself has not come by."""
 
 
 def _device_of(block: nn.Module) -> torch.device:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.canonical import SCHEMA
+from holdfast.grid import points
 from holdfast.planning import Plan
 from holdfast.second_opinions import PREFIX
 from holdfast.store import RunFolder
 from holdfast.study import headline_constraint
 from holdfast.trial import Trial
+from holdfast.unlearning import UnlearningScore, score_of, settings_of
 from holdfast.verdict import Judgement, Separation, judge, separation
 
 LISTS = ("trials", "attempts", "answers", "suffixes")
@@ -37,7 +39,21 @@ def summarize(
         "suffixes": [
             suffix(plan, store, trial) for trial in done if trial.attack.listed == "suffixes"
         ],
+        "unlearning": [score.model_dump(mode="json") for score in unlearning(plan, store, done)],
     }
+
+
+def unlearning(plan: Plan, store: RunFolder, done: Sequence[Trial]) -> list[UnlearningScore]:
+    """The score of every audit whose clamps were measured in what they leave known."""
+    made = []
+    for name in dict.fromkeys(trial.audit for trial in done if trial.is_audit):
+        own = [trial for trial in done if trial.is_audit and trial.audit == name]
+        rows = [(t.id, plan.points.get(t.id, {}), store.load(t.id)["result"]) for t in own]
+        if settings := settings_of(rows):
+            # A plan read back from a folder holds finished trials only: the study knows better.
+            planned = max(len(own), len(points(plan.study.grid_of(name))))
+            made.append(score_of(name, settings, planned - len(own)))
+    return made
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -48,6 +48,9 @@ class Checks:
     slots, eligible, reactivated, reactivated_mass, activation_max: held features that came on
     again, see `Reactivation`. decode_drift: ‖Δz_S · W_dec‖ over sites and positions, in residual
     units.
+    readout_norm, readout_drift, readout_rise, readout_fall: at the last token of the prompt, where
+    the answer is read, ‖z_S‖ of the reference, ‖Δz_S‖, and of Δz_S what went up and what went down;
+    readout_relative: readout_drift with the denominator of drift_relative (METHODS J.4, C.5).
     rounding_floor: the preactivation_drift of random vectors in the encoder's null space, of the
     same norm, that have only been rounded to the model's precision: no exact constraint can be
     expected to do better.
@@ -80,6 +83,11 @@ class Checks:
     reactivated_mass: Tensor
     activation_max: Tensor
     decode_drift: Tensor
+    readout_norm: Tensor
+    readout_drift: Tensor
+    readout_rise: Tensor
+    readout_fall: Tensor
+    readout_relative: Tensor
     rounding_floor: Tensor
 
     @property
@@ -166,6 +174,11 @@ def verify(
         reactivated_mass=total.mass,
         activation_max=total.highest,
         decode_drift=total.decoded.sqrt(),
+        readout_norm=total.read_size.sqrt(),
+        readout_drift=(total.read_up + total.read_down).sqrt(),
+        readout_rise=total.read_up.sqrt(),
+        readout_fall=total.read_down.sqrt(),
+        readout_relative=total.relative_at_readout,
         rounding_floor=_rounding_floor(subject, held, frame, reference, perturbation),
     )
 
@@ -311,11 +324,19 @@ class _Features:
     mass: Tensor
     highest: Tensor
     decoded: Tensor
+    read_size: Tensor
+    read_up: Tensor
+    read_down: Tensor
 
     @property
     def relative(self) -> Tensor:
         """Change of the held features relative to their norm; NaN where they have no scale."""
         return relative_of(self.change, self.size, self.floor)
+
+    @property
+    def relative_at_readout(self) -> Tensor:
+        """The same at the last token of the prompt."""
+        return relative_of(self.read_up + self.read_down, self.read_size, self.floor)
 
     @classmethod
     def sum(cls, sites: Sequence[_Features]) -> _Features:
@@ -361,6 +382,7 @@ def _at_site(
     still = (bank.activations(recovered.before.double(), frame) > 0) & fired
     elsewhere, anchor, answer = _along(bank, frame, reference.whole, recovered.whole, positions)
     flips = (((z_ref > 0) != (z_rec > 0)) & valid).sum((1, 2)).double()
+    z_read, change_read = _at_readout(bank, frame, reference.whole, recovered.whole)
     return _Features(
         drift=(moved / scale).amax((1, 2)),
         drift_absolute=moved.amax((1, 2)),
@@ -386,7 +408,24 @@ def _at_site(
             bank.decode(torch.where(valid, z_rec, 0.0), h_rec, frame)
             - bank.decode(torch.where(valid, z_ref, 0.0), h_ref, frame)
         ),
+        read_size=_square(z_read),
+        read_up=_square(change_read.clamp_min(0)),
+        read_down=_square(change_read.clamp_max(0)),
     )
+
+
+def _at_readout(
+    bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes of the held features [n 1 k] at the last token of the prompt, and what changed of them,
+    between two residuals [n s d] at every absolute position."""
+    last = (frame.prompt_length - 1).to(before.device)
+    rows = torch.arange(len(last), device=before.device)
+    z_ref, z_rec = (
+        bank.activations(x[rows, last][:, None].double(), frame) for x in (before, after)
+    )
+    valid = bank.valid[bank.slices(frame)][:, None]
+    return torch.where(valid, z_ref, 0.0), torch.where(valid, z_rec - z_ref, 0.0)
 
 
 def _along(

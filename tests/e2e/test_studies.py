@@ -165,6 +165,10 @@ def test_without_bos_or_without_centering_gpt2_is_not_audited(
 # ---------------------------------------------------------------------------------- Gemma-2
 
 
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}turn of {{ m['role'] }}\n{{ m['content'] | trim }}\n"
+    "{% endfor %}{% if add_generation_prompt %}turn of model\n{% endif %}"
+)
 SUBJECTS = ("moss", "lantern", "kettle", "pebble", "feather", "compass", "thimble", "acorn")
 COLORS = ("amber", "violet", "silver", "green", "ivory", "copper")
 
@@ -189,7 +193,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
     path = tmp_path_factory.mktemp("gemma")
     files = {
         name: write_questions(path / f"{name}.jsonl", 60, f"{name} garden")
-        for name in ("wmdp", "history", "geography")
+        for name in ("wmdp", "history", "geography", "computing", "aging")
     }
     rows = [json.loads(line) for file in files.values() for line in file.read_text().splitlines()]
     texts = [
@@ -199,6 +203,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
     ]
     special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
     tokenizer = byte_pairs(texts, special, bos_in_front=True)
+    tokenizer.chat_template = CHAT
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=6,
@@ -248,6 +253,88 @@ def test_wmdp_on_gemma_2(gemma: tuple[Path, Path, dict[str, Path]], tmp_path: Pa
     assert str(tmp_path.parent) not in trial and str(files["wmdp"].parent) not in trial
     assert record["trial"]["subject"]["attention"] == "eager"
     assert len(record["trial"]["behavior"]["source"]["sha256"]) == 64
+
+
+def write_corpus(path: Path, about: str) -> Path:
+    """Invented texts, some too short to be read."""
+    rows = [
+        {"text": f"In the {about} number {i} the {SUBJECTS[i % 8]} is {COLORS[i % 6]} and lies by "
+                 f"the {PLACES.split()[i % 10]}, which is near.", "title": "none"}
+        for i in range(40)
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, [*rows, {"text": "Too short.", "title": ""}])))
+    return path
+
+
+@pytest.mark.slow
+def test_wmdp_grid_on_gemma_2(gemma: tuple[Path, Path, dict[str, Path]], tmp_path: Path) -> None:
+    model, sae, files = gemma
+    corpora = {name: write_corpus(tmp_path / f"{name}.jsonl", name) for name in ("garden", "river")}
+
+    def file(path: Path) -> str:
+        return f'{{kind="file", path="{path}"}}'
+
+    sets = overrides(model, sae)
+    del sets[2 * (2 + FEWER.index(FEWER[-1])) :]  # the constraint is no axis of this grid
+    retain = ("history", "computing", "geography", "aging")
+    sets += [part for value in (
+        f"audits.0.behavior.source={file(files['wmdp'])}",
+        *(f"audits.0.behavior.retain.{name}={file(files[name])}" for name in retain),
+        f"audits.0.discovery.forget={file(corpora['garden'])}",
+        f"audits.0.discovery.retain={file(corpora['river'])}",
+        "audits.0.discovery.n_sequences=32", "audits.0.discovery.n_tokens=40", "data.test=6",
+        'grid."discovery.retain_threshold"=[0.3, 1.0]', 'grid."discovery.n_features"=[4]',
+        'grid."intervention.value"=[-10.0, -200.0]', "audits.0.controls=[]",
+    ) for part in ("--set", value)]  # fmt: skip
+    said = holdfast("run", "gemma-2-2b-it-wmdp-grid", "--out", tmp_path / "run", *sets)
+    assert said.code == 0, said.err
+    run = RunFolder.read(tmp_path / "run")
+    summary = run.summary()
+    (score,) = summary["unlearning"]
+    assert len(score["settings"]) + score["n_without"] == 4 and score["settings"]
+    for setting in score["settings"]:
+        assert set(setting["by_set"]) == set(retain) and setting["n_features"] == 4
+        record = run.load(setting["trials"][0])
+        measured = {m["name"]: m for m in record["result"]["measurements"]}
+        every = measured["known.forget.all.clean"]
+        assert (every["n"], every["n_clusters"]) == (6 * 24, 6), "all 24 orders of a question"
+        known = measured["known.forget.correct.clean"]
+        assert known["estimate"] == 1.0 or (known["n"] == 0 and known["reason"])
+        trial = json.dumps(record["trial"])
+        assert str(tmp_path) not in trial and str(files["wmdp"].parent) not in trial
+        assert len(record["trial"]["discovery"]["forget"]["sha256"]) == 64
+    assert score["score"] is not None or score["reason"]
+    assert "What is unlearned" in (tmp_path / "run" / "report.html").read_text()
+
+
+# ---------------------------------------------------------------------------------- unlearning
+
+
+@pytest.mark.slow
+def test_unlearning_of_the_organism(tmp_path: Path) -> None:
+    """The features that the two corpora give hide the hazard domain and spare the others; with a
+    laxer threshold another domain goes along, and no picker takes that."""
+    fewer = ['audits.0.grid."intervention.value"=[-2.0]', "audits.0.controls=[]",
+             "recovery.steps=15", "recovery.refine_steps=4"]  # fmt: skip
+    sets = [part for value in fewer for part in ("--set", value)]
+    said = holdfast("run", "unlearning", "--out", tmp_path / "run", *sets)
+    assert said.code == 0, said.err
+    run = RunFolder.read(tmp_path / "run")
+    (score,) = run.summary()["unlearning"]
+    by = {s["point"]["discovery.retain_threshold"]: s for s in score["settings"]
+          if s["point"]["discovery.n_features"] == 4}  # fmt: skip
+    assert by[0.001]["forget"] < 0.05 and by[0.001]["kept"] == 1.0
+    assert by[0.01]["by_set"]["music"] < 0.5 and by[0.01]["by_set"]["harvest"] > 0.9
+    assert score["score"] > 0.95 and score["n_without"] == 1
+    for pick in score["picks"]:
+        assert score["settings"][pick["index"]]["kept"] >= 0.99, pick["why"]
+    main = next(row for row in run.summary()["trials"] if row["control"] == "none")
+    assert main["n_recovered"] > 0.8 * main["n_valid"], "what the score calls unlearned comes back"
+    page = tmp_path / "again.html"
+    assert holdfast("report", tmp_path / "run", "--out", page).code == 0
+    written = (tmp_path / "run" / "report.html").read_text()
+    at = "Unlearning score"
+    assert at in written and at in page.read_text()
 
 
 def test_every_bundled_study_names_what_exists() -> None:

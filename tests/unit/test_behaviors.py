@@ -571,6 +571,7 @@ def test_the_organisms_quiz_is_what_it_was(words: PreTrainedTokenizerFast) -> No
     assert MultipleChoice().model_dump() == {
         "kind": "mcq", "source": "organism", "domain": "hazard", "permutations": 12, "retain": {},
         "instruction": None, "chat": False, "drop_repeats": False,
+        "subsets": False,
     }  # fmt: skip
     first = corpus.questions("hazard", "test")[0]
     order = corpus.held_out_permutations(first)[0]

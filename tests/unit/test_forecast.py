@@ -27,6 +27,7 @@ from holdfast.constraints.jacobian_probes import JacobianProbes
 from holdfast.controls.none import NoControl
 from holdfast.controls.random_features import RandomFeatures
 from holdfast.discovery.attribution import Attribution
+from holdfast.discovery.forget_retain import ForgetRetain
 from holdfast.discovery.minimal import Minimal
 from holdfast.edits import FeatureEdit
 from holdfast.errors import DeviceError, SAEError, StudyError, SubjectError
@@ -399,6 +400,21 @@ def test_random_features_are_measured_anew(paper: Scene) -> None:
     ]  # fmt: skip
     wide = replace(drawn.scene, saes={SITE: Shape(1 << 20)})
     assert memory_of(wide).whole == 2**20 * 8 * 32 and memory_of(paper).whole == 0
+
+
+def test_corpora_are_run_up_to_the_site_and_encoded(paper: Scene) -> None:
+    corpus = {"kind": "invented", "domains": ["hazard"]}
+
+    def counting(n: int, tokens: int) -> Scene:
+        kind = ForgetRetain(forget=corpus, retain=corpus, n_sequences=n, n_tokens=tokens)
+        return replace(paper, trial=paper.trial.model_copy(update={"discovery": kind}))
+
+    one, two, three = (preparing(counting(n, 10)).found for n in (50, 100, 150))
+    rows, block = 2 * 50, paper.passes.replay(1, 0, 10, 10, last=SITE.depth)
+    for less, more in ((one, two), (two, three)):
+        assert more.flops - less.flops == pytest.approx(rows * block.flops)
+        assert more.flops32 - less.flops32 == 2 * 32 * 64 * rows * 10
+    assert memory_of(counting(50, 10)).whole == 64 * 8 * 32
 
 
 # ---------------------------------------------------------------------- attempts

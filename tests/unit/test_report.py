@@ -303,7 +303,7 @@ def page(whole: tuple[RunFolder, Plan]) -> str:
 
 def test_all_sections_of_a_whole_run(page: str) -> None:
     for id_ in (
-        "verdicts", "preflight", "funnel", "norms", "drift", "steps", "known_answer",
+        "verdicts", "preflight", "funnel", "norms", "drift", "posthoc", "steps", "known_answer",
         "side_effects", "clamped", "prompts", "limits", "provenance",
     ):  # fmt: skip
         assert page.count(f'<section id="{id_}">') == 1
@@ -412,7 +412,7 @@ def test_false_breach_and_specificity_are_on_the_page(page: str) -> None:
 )
 def test_missing_controls_and_nothing_recovered(tmp_path: Path, norms: dict[str, Any]) -> None:
     page = page_of(*make_run(tmp_path / "run", {"only": Fake(norms, known="does_not_hold")}))
-    assert page.count("<section id=") == 12
+    assert page.count("<section id=") == 13
     assert ("No control is finished" in page) == (len(norms) == 1)
 
 

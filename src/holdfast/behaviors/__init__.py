@@ -92,6 +92,12 @@ class BehaviorKind(Kind):
         return ()
 
     @property
+    def asked_again(self) -> float:
+        """How many further prompts `scores` asks for each test prompt and each neighbor's: so many
+        twice without the intervention, and once with it. For a forecast."""
+        return 0.0
+
+    @property
     def n_read(self) -> int:
         """How many tokens of an answer a search reads at most."""
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,10 +49,21 @@ class Asking:
             for turn in range(self.permutations)
             for question, order in zip(asked, orders, strict=True)
         )
+        return self._examples(itertools.islice(turns, n), questions.origin)
+
+    def in_every_order(self, questions: Sequence[Question], blind: bool = False) -> list[Example]:
+        """A prompt for each of the 24 orders of each question. blind: the choices alone, without
+        instruction and question (SAEBench's check of what can be guessed)."""
+        turns = ((question, order) for question in questions for order in PERMUTATIONS)
+        return self._examples(turns, "", blind)
+
+    def _examples(
+        self, turns: Iterable[tuple[Question, Permutation]], origin: str, blind: bool = False
+    ) -> list[Example]:
         examples: list[Example] = []
         letters: list[str] = []
-        for question, order in itertools.islice(turns, n):
-            asks = self._question(question, order)
+        for question, order in turns:
+            asks = self._question(question, order, blind)
             text, suffix = self._prompt(asks)
             letters = letters or self._letters(text)  # every prompt ends alike
             gold = order.index(question.answer)
@@ -68,15 +80,17 @@ class Asking:
                     suffix=suffix,
                     special=not self.chat,
                     instruction=asks,
-                    dataset=questions.origin,
+                    dataset=origin,
                     row=question.row,
                 )
             )
         return examples
 
-    def _question(self, question: Question, order: Permutation) -> str:
+    def _question(self, question: Question, order: Permutation, blind: bool) -> str:
         """Slot j shows choices[order[j]]."""
         slots = [f"{a}. {question.choices[i]}" for a, i in zip(LETTERS, order, strict=True)]
+        if blind:
+            return "\n".join(slots)
         first = [self.instruction, ""] if self.instruction else []
         return "\n".join((*first, question.text, *slots))
 

@@ -16,14 +16,21 @@ from pydantic import (
 from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.behaviors.asking import INSTRUCTION, Asking
+from holdfast.behaviors.knowledge import FORGET, Orders, knowledge
 from holdfast.config import nearest
 from holdfast.datasets import DATASETS, Dataset, DatasetKind
 from holdfast.datasets.questions import QuestionSet, questions_of
 from holdfast.errors import StudyError
 from holdfast.organism import corpus
+from holdfast.organism.prompts import N_HELD_OUT, PERMUTATIONS
+from holdfast.triggers import OWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from holdfast.measure import Measurement
+    from holdfast.setting import Setting
+    from holdfast.subject import Subject
 
 
 def _source(value: Any) -> Any:
@@ -51,7 +58,9 @@ class MultipleChoice(BehaviorKind):
     neighbors whose accuracy the intervention should leave alone (the organism's are its other
     domains). instruction: the prompt's first line, none if empty. chat: ask in the tokenizer's chat
     template and begin the reply with "Answer:". drop_repeats: leave out questions that are there
-    again or offer a choice twice; without it they are errors.
+    again or offer a choice twice; without it they are errors. subsets: measure what is known of
+    the test questions and of the neighbors' in every order of their choices, on the questions that
+    the model knows without the intervention (`behaviors/knowledge.py`).
 
     The questions of the organism's splits are a fixed list, cut from the front: the seed does not
     redraw them.
@@ -67,6 +76,7 @@ class MultipleChoice(BehaviorKind):
     instruction: str | None = None
     chat: bool = False
     drop_repeats: bool = False
+    subsets: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +100,8 @@ class MultipleChoice(BehaviorKind):
         for name in retain:
             if not name.replace("-", "_").isidentifier():
                 raise ValueError(f"expected a name of letters, digits, - and _, got {name!r}")
+            if name in (FORGET, OWN):
+                raise ValueError(f"{name!r} is what the source's own questions are called")
         return retain
 
     @model_validator(mode="wrap")
@@ -138,6 +150,39 @@ class MultipleChoice(BehaviorKind):
             if name
         }
 
+    @property
+    def asked_again(self) -> float:
+        orders = N_HELD_OUT if self.source == "organism" else len(PERMUTATIONS)
+        return orders / self.permutations if self.subsets else 0.0
+
+    def scores(self, setting: Setting) -> tuple[Measurement, ...]:
+        if not self.subsets:
+            return ()
+        asked = {"": setting.test.clusters} | {
+            name: batch.clusters for name, (batch, _, _) in setting.neighbors.items()
+        }
+        return knowledge(
+            setting.subject,
+            setting.edits,
+            {
+                name or FORGET: self._in_every_order(setting.subject, name, frozenset(ids))
+                for name, ids in asked.items()
+            },
+            self.model_dump(mode="json", context={"identity": True}),
+        )
+
+    def _in_every_order(self, subject: Subject, name: str, ids: frozenset[str]) -> Orders:
+        """The questions with these ids, of the source ("") or of a neighbor."""
+        if self.source == "organism":
+            return _organism_in_every_order(name or self.domain or "", ids)
+        asking = self._asking(subject.tokenizer)
+        asked = [q for q in self._question_sets()[name].questions if q.id in ids]
+        return Orders(
+            asked=tuple(asking.in_every_order(asked)),
+            blind=tuple(asking.in_every_order(asked, blind=True)),
+            tricky=frozenset(question.id for question in asked if question.tricky),
+        )
+
     def _asking(self, tokenizer: PreTrainedTokenizerBase) -> Asking:
         return Asking(tokenizer, self.permutations, self.instruction or "", self.chat)
 
@@ -172,19 +217,36 @@ def _ask_organism(domain: str, split: Split, n: int, permutations: int) -> list[
     ]
     # One order of every question, then the next, so that a cut keeps as many questions as it can.
     rounds = list(zip(*by_question, strict=True))[:permutations]
-    examples = []
-    for question, order in [asked for one in rounds for asked in one][:n]:
-        gold = corpus.LETTERS[order.index(question.answer)]
-        others = tuple(letter for letter in corpus.LETTERS if letter != gold)
-        examples.append(
-            Example(
-                id=f"{question.id}:{''.join(map(str, order))}",
-                text=corpus.question_text(question, order),
-                target=gold,
-                rivals=others,
-                alternatives=others,
-                cluster=question.id,
-                group=domain,
-            )
-        )
-    return examples
+    turns = [asked for one in rounds for asked in one][:n]
+    return [_organism_example(question, order) for question, order in turns]
+
+
+def _organism_example(
+    question: corpus.Question, order: corpus.Permutation, blind: bool = False
+) -> Example:
+    gold = corpus.LETTERS[order.index(question.answer)]
+    others = tuple(letter for letter in corpus.LETTERS if letter != gold)
+    return Example(
+        id=f"{question.id}:{''.join(map(str, order))}",
+        text=corpus.question_text(question, order, blind),
+        target=gold,
+        rivals=others,
+        alternatives=others,
+        cluster=question.id,
+        group=question.domain,
+    )
+
+
+def _organism_in_every_order(domain: str, ids: frozenset[str]) -> Orders:
+    """In the 12 orders that are held out: in the others the organism was trained to answer."""
+    turns = [
+        (question, order)
+        for question in corpus.questions(domain, "train")  # of all subjects
+        if question.id in ids
+        for order in corpus.held_out_permutations(question)
+    ]
+    asked, blind = (
+        tuple(_organism_example(question, order, alone) for question, order in turns)
+        for alone in (False, True)
+    )
+    return Orders(asked, blind)

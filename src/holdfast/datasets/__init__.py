@@ -23,6 +23,7 @@ DATASETS = Registry(
     {
         "file": "holdfast.datasets.file:File",
         "hub": "holdfast.datasets.hub:Hub",
+        "invented": "holdfast.datasets.invented:Invented",
         "preset": "holdfast.datasets.preset:Preset",
     },
 )

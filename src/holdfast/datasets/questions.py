@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -13,6 +14,7 @@ from holdfast.errors import StudyError
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", "choices", "answer")
+_POINTS = re.compile(r"(?:both )?[a-d] (?:and|&) [a-d]\.?|all of the above\.?", re.IGNORECASE)
 SHARES = {"fit": 0.35, "tune": 0.15, "test": 0.5}
 
 
@@ -30,6 +32,12 @@ class Question:
     answer: int
     subject: str = ""
     row: int | None = field(default=None, compare=False)
+
+    @property
+    def tricky(self) -> bool:
+        """Whether a choice points at others ("Both A and C", "All of the above"): in another order
+        it points at the wrong ones."""
+        return any(_POINTS.fullmatch(choice) for choice in self.choices)
 
 
 @dataclass(frozen=True)

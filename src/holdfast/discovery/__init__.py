@@ -24,6 +24,7 @@ DISCOVERIES = Registry(
     {
         "given": "holdfast.discovery.given:Given",
         "attribution": "holdfast.discovery.attribution:Attribution",
+        "forget_retain": "holdfast.discovery.forget_retain:ForgetRetain",
         "tpp_effect": "holdfast.discovery.tpp_effect:TPPEffect",
         "minimal": "holdfast.discovery.minimal:Minimal",
         "factorization": "holdfast.discovery.factorization:Factorization",
@@ -50,6 +51,12 @@ class DiscoveryKind(Kind):
     def passes(self, sites: Sequence[Site]) -> int:
         """About how many more times it runs the fit prompts through the model, for a forecast."""
         return 0
+
+    @property
+    def corpora(self) -> tuple[int, int]:
+        """Texts of other data that it reads up to its sites, with the whole SAE and without
+        gradients, and the most tokens of one."""
+        return 0, 0
 
     def expected(self, sites: Sequence[Site]) -> FeatureSet:
         """A set of the size it may find at most, for a forecast; the ids mean nothing."""

@@ -141,10 +141,12 @@ def kept(scene: Scene, block: Block, columns: int, keys: int) -> float:
 
 def _discovery(scene: Scene) -> tuple[float, float]:
     """A whole SAE with a score of every feature and prompt; and, of one row, the codes of its
-    tokens or the graph of its pass. What draws or compares features holds the SAE alone."""
+    tokens or the graph of its pass. What draws or compares features, or counts on corpora, holds
+    the SAE alone."""
     width, d, blocks = scene.prompts.width, scene.model.d_model, scene.model.blocks
     whole = code = 0.0
-    if scene.trial.control.clamps_others or scene.trial.paths is not None:
+    counts = bool(scene.trial.discovery.corpora[0])
+    if scene.trial.control.clamps_others or scene.trial.paths is not None or counts:
         whole = max((8.0 * d * shape.n_features for shape in scene.saes.values()), default=0.0)
     if not scene.trial.discovery.reads_whole:
         return whole, code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from holdfast.forecast.comparing import comparing
@@ -51,12 +52,15 @@ def preparing(scene: Scene) -> Stage:
         for site in scene.saes:
             work += _attribution(scene, site.depth, scene.saes[site].n_features)
     work += passes.full(n["fit"], width) * scene.trial.discovery.passes(tuple(scene.saes))
+    work += _corpora(scene)
     n_candidates = len(scene.trial.intervention.candidates())
     if n_candidates > 1:
         tuned = n["tune"] + beside["tune"]
         work += _observed(scene, tuned, False) + _observed(scene, tuned, True) * n_candidates
     tested = n["test"] + beside["test"]
     work += _observed(scene, tested, False) + _observed(scene, tested, True)
+    again = math.ceil(behavior.asked_again * tested)
+    work += _observed(scene, again, False) * 2 + _observed(scene, again, True)
     if scene.trial.intervention.runs_whole:  # with every feature as it is, and what SAEs explain
         work += _observed(scene, n["test"], True) + passes.full(n["test"], width)
         work += clamped(scene, n["test"], width)
@@ -203,6 +207,19 @@ def clamped(scene: Scene, rows: int, tokens: int) -> Work:
     d = scene.model.d_model
     used: Sequence[int] = [k + scene.whole[site] for site, k in scene.features.items()]
     return Work(flops32=4 * d * sum(used) * rows * tokens)
+
+
+def _corpora(scene: Scene) -> Work:
+    """Texts of other data run up to each site, and every feature encoded at every token. Counted
+    for every point of a grid, though points that differ in a threshold alone share it."""
+    rows, tokens = scene.trial.discovery.corpora
+    works = []
+    for site, sae in scene.saes.items() if rows else ():
+        run = scene.passes.replay(rows, 0, tokens, tokens, last=site.depth)
+        codes = Work(flops32=2 * scene.model.d_model * sae.n_features * rows * tokens)
+        n_batches = -(-rows // scene.batch_size)
+        works.append(run + codes + scene.passes.launches(0, site.depth, back=False) * n_batches)
+    return total(works)
 
 
 def _attribution(scene: Scene, depth: int, n_features: int) -> Work:

@@ -141,9 +141,14 @@ def questions(domain: str, split: Split) -> list[Question]:
     return [question_on(domain, subject) for subject in chosen]
 
 
-def question_text(question: Question, permutation: Permutation) -> str:
-    """Slot j shows choices[permutation[j]]; the text ends right before the answer letter."""
+def question_text(question: Question, permutation: Permutation, blind: bool = False) -> str:
+    """Slot j shows choices[permutation[j]]; the text ends right before the answer letter.
+
+    blind: without the question, whose domain and subject are left out wherever they stand.
+    """
     slots = [f"{a} {question.choices[i]}" for a, i in zip(LETTERS, permutation, strict=True)]
+    if blind:
+        return " ".join((*slots, *world.QUESTION_ENDING.format(subject="", domain="").split()))
     ending = world.QUESTION_ENDING.format(subject=question.subject, domain=question.domain)
     return " ".join((question.stem, *slots, ending))
 

@@ -25,6 +25,7 @@ from holdfast.report import (
     limits,
     norms,
     path,
+    posthoc,
     preflight,
     prompts,
     provenance,
@@ -33,6 +34,7 @@ from holdfast.report import (
     steps,
     strata,
     sweeps,
+    unlearning,
     verdicts,
     wording,
 )
@@ -42,9 +44,8 @@ from holdfast.store import RunFolder, write_atomic
 
 SECTIONS = (
     verdicts, preflight, funnel, norms, forcing, path, heads, sweeps, error_term, strata, drift,
-    steps, judges, known_answer, attempts, answers, soft_suffix, side_effects, clamped, prompts,
-    limits,
-    provenance,
+    posthoc, steps, judges, known_answer, attempts, answers, soft_suffix, side_effects, unlearning,
+    clamped, prompts, limits, provenance,
 )  # fmt: skip
 PICTURE = "picture.svg"
 

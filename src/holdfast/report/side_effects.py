@@ -6,6 +6,7 @@ from typing import Any
 
 from holdfast.report.data import AuditData, ReportData
 from holdfast.report.section import Section
+from holdfast.triggers import PREFIX as TRIGGER
 
 PREFIX = "neighbor."
 SCORE = "score."
@@ -13,11 +14,18 @@ SCORE = "score."
 
 def section(data: ReportData) -> Section:
     audits = [
-        {"name": audit.name, "rows": _rows(audit), "scores": _scores(audit)}
+        {
+            "name": audit.name,
+            "rows": _rows(audit),
+            "scores": _scores(audit),
+            "triggers": _triggers(audit),
+        }
         for audit in data.audits
     ]
     context = {
-        "audits": [audit for audit in audits if audit["rows"] or audit["scores"]],
+        "audits": [
+            audit for audit in audits if audit["rows"] or audit["scores"] or audit["triggers"]
+        ],
         "without": [audit["name"] for audit in audits if not audit["rows"]],
     }
     return Section("side_effects", "Side effects of the clamp", context)
@@ -35,6 +43,21 @@ def _scores(audit: AuditData) -> list[dict[str, Any]]:
             name = m["name"].removeprefix(SCORE)
             found.setdefault(key, {"name": name, "n_features": n_features, **_points(m)})
     return list(found.values())
+
+
+def _triggers(audit: AuditData) -> list[dict[str, Any]]:
+    """How often a conditional clamp acts, by set of prompts; none of an unconditional one."""
+    measured = {m["name"]: m for m in audit.headlines[0].main.result["measurements"]}
+    ending = ".prompts"
+    return [
+        {
+            "name": name.removeprefix(TRIGGER).removesuffix(ending),
+            "prompts": found,
+            "tokens": measured[f"{name.removesuffix(ending)}.tokens"],
+        }
+        for name, found in measured.items()
+        if name.startswith(TRIGGER) and name.endswith(ending)
+    ]
 
 
 def _points(measured: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +87,8 @@ def _rows(audit: AuditData) -> list[dict[str, Any]]:
                 "clean": clean,
                 "suppressed": suppressed,
                 "change": suppressed["estimate"] - clean["estimate"] if both else None,
+                # Records of before this was measured are read as well.
+                "left": measured.get(f"{PREFIX}{neighbor}.relative"),
             }
         )
     return rows
