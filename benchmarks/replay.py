@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.harness import BenchmarkError, Bound, Cell, Options, Result, timings
 from benchmarks.published import LongClamp, PublishedSearch
 from holdfast.batch import Batch, margin_of
+from holdfast.batching import Batching
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.problem import Lanes, Problem
@@ -129,7 +130,9 @@ def random_subject(size: Size) -> Subject:
     site = Site(size.layer + 1)
     sae = random_sae(site, size.d_model, size.n_features)
     tokenizer: Any = tiny_tokenizer()
-    return Subject.of("random", random_model(size), tokenizer, {site: sae}, batch_size=size.prompts)
+    return Subject.of(
+        "random", random_model(size), tokenizer, {site: sae}, batching=Batching(size.prompts)
+    )
 
 
 def random_model(size: Size) -> Any:

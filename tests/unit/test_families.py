@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from holdfast.batch import Batch, Frame
+from holdfast.batching import Batching
 from holdfast.edits import Capture, Edit, Perturbation
 from holdfast.errors import EditError, SubjectError
 from holdfast.families import FAMILIES, Family, d_model_of, family_of
@@ -175,7 +176,7 @@ def test_left_padded_batches_equal_single_prompts(subject: Subject) -> None:
     for edits in ((), (clamp(subject),), (clamp(subject), added)):
         single = torch.cat([subject.outputs(batch.rows([i]), edits) for i in range(len(batch))])
         close(subject.outputs(batch, edits), single)
-        close(replace(subject, batch_size=3).outputs(batch, edits), single)
+        close(replace(subject, batching=Batching(3)).outputs(batch, edits), single)
 
 
 @in_every_family("padding")

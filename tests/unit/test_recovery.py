@@ -11,6 +11,7 @@ from torch import Tensor
 
 from holdfast.ascent import Climb, ascend
 from holdfast.batch import Batch, Frame
+from holdfast.batching import Batching
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.gradient_projection import GradientProjection
 from holdfast.constraints.unconstrained import Unconstrained
@@ -43,7 +44,7 @@ class LinearReplay:
 
     @property
     def subject(self) -> object:
-        return SimpleNamespace(batch_size=self.batch_size)
+        return SimpleNamespace(batching=Batching(self.batch_size))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -182,7 +183,9 @@ def test_another_batch_size_gives_the_same_answers(
     spec = RecoverySpec(constraint=EncoderNull())
     found = [
         recover(
-            tiny_problem(replace(subject, batch_size=size), batch, bank, goal=3.0, budget=1.0),
+            tiny_problem(
+                replace(subject, batching=Batching(size)), batch, bank, goal=3.0, budget=1.0
+            ),
             spec,
             seed=0,
         )

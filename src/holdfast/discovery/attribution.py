@@ -20,8 +20,6 @@ from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
 
-_CHUNK = 16  # rows per backward pass: the codes of all features are held for them
-
 
 @dataclass
 class Leaf:
@@ -118,14 +116,16 @@ class Attribution(DiscoveryKind):
 
     def scores(self, subject: Subject, batch: Batch, sae: SAE) -> Tensor:
         """[b n_features] attribution of every feature on every prompt, in logits."""
-        out = []
-        for chunk in batch.chunks(min(_CHUNK, subject.batch_size)):
+
+        def of(rows: Tensor) -> Tensor:
+            own = batch.rows(rows)
             leaf = Leaf(sae.site)
-            margin = chunk.margin(subject.forward_with_gradients(chunk, (leaf,)))
+            margin = own.margin(subject.forward_with_gradients(own, (leaf,)))
             x = leaf.seen[0]
             gradient = torch.autograd.grad(margin.sum(), x)[0].float()
             gradient = gradient * sae.inputs.magnify(x.detach().float())
             attribution = sae.encode(x.detach()) * (gradient @ sae.W_dec.T)
-            mask = selected(self.positions, self.include_bos, chunk.frame())
-            out.append((attribution * mask[..., None]).sum(1))
-        return torch.cat(out)
+            mask = selected(self.positions, self.include_bos, own.frame())
+            return (attribution * mask[..., None]).sum(1)
+
+        return torch.cat(subject.batching.over("discovery", torch.arange(len(batch)), of))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -18,8 +17,6 @@ from holdfast.readouts.probes import Probes, pool
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
-
-_CHUNK = 16  # rows per pass: the codes of all features are held for them
 
 
 class TPPEffect(DiscoveryKind):
@@ -79,12 +76,10 @@ def _mean_of_others(subject: Subject, target: int, neighbors: dict[str, Batch], 
 def mean_codes(subject: Subject, batch: Batch, sae: SAE) -> Tensor:
     """[n_features] mean over texts of each text's mean code, without edits, in units that W_dec
     turns into residual units."""
-    total = torch.zeros(sae.n_features, device=sae.W_enc.device)
-    for chunk in batch.chunks(min(_CHUNK, subject.batch_size)):
-        reader = PooledCodes(sae)
-        subject.outputs(chunk, (reader,))
-        total += reader.total
-    return total / len(batch)
+    reader = PooledCodes(sae)
+    subject.outputs(batch, (reader,), work="discovery")
+    assert isinstance(reader.total, Tensor)
+    return reader.total / len(batch)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a trial holds in the device's memory, in bytes, and the batch that fits.
+"""What a trial holds in the device's memory, in bytes, and the batches that fit.
 
 Weights, caches and recorded residuals are counted; what a block keeps for the backward pass is
 modeled (`kept`), and measured peaks of a step lie within a factor of 2 of it (`tests`).
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from holdfast.batching import MOST, WORK, Sizes, Work
 from holdfast.forecast.architecture import Block
 from holdfast.forecast.scene import Scene
-from holdfast.forecast.stages import ATTRIBUTION_ROWS
 
 FREE = 0.9
 """Share of a device's memory that can be planned with; the rest is its runtime's, and waste."""
@@ -32,8 +32,8 @@ class Memory:
     weights; saes: slices, and the whole of one where it is needed all the time; whole: what is held
     of a whole SAE while features are found, drawn or compared, with its scores, and code: of one of
     its rows beside that; replay: what is recorded of all rows; recording: the peak while it is
-    recorded; row: one row of a full pass; lane: one lane of a search's step. The last four but row
-    are 0 where nothing is searched.
+    recorded; row: one row of a full pass; answer: one row of a generation, with its keys and
+    values; lane: one lane of a search's step. 0 is what a trial has none of.
     """
 
     weights: float
@@ -43,38 +43,48 @@ class Memory:
     replay: float
     recording: float
     row: float
+    answer: float
     lane: float
 
-    def discovery(self, batch_size: int) -> float:
-        """What discovery holds beside the weights."""
-        return self.whole + self.code * min(ATTRIBUTION_ROWS, batch_size)
+    @property
+    def per_row(self) -> dict[Work, float]:
+        """Bytes of a row, by kind of work."""
+        return {
+            "passes": self.row, "generation": self.answer, "steps": self.lane,
+            "discovery": self.code,
+        }  # fmt: skip
 
-    def peak(self, rows: int, lanes: int, batch_size: int) -> float:
+    def discovery(self, sizes: Sizes) -> float:
+        """What discovery holds beside the weights."""
+        return self.whole + self.code * sizes.discovery
+
+    def peak(self, rows: int, lanes: int, sizes: Sizes) -> float:
         """The most that is held at once."""
         held = self.weights + self.saes
         return held + max(
-            self.discovery(batch_size),
-            self.row * min(rows, batch_size),
+            self.discovery(sizes),
+            self.row * min(rows, sizes.passes),
+            self.answer * min(rows, sizes.generation),
             self.recording,
-            self.replay + self.lane * min(lanes, batch_size),
+            self.replay + self.lane * min(lanes, sizes.steps),
         )
 
-    def batch_size(self, memory: float, n_devices: int) -> int:
-        """The largest batch that fits in `memory` bytes of so many devices together; 0 where not
-        even one row does. A whole SAE is on one of them, beside its share of the model."""
-        held = self.weights + self.saes
-        free = FREE * memory - held
-        if free < self.recording:
-            return 0
-        most = free / self.row
-        if self.lane:
-            most = min(most, (free - self.replay) / self.lane)
-        beside = (FREE * memory - held) / n_devices - self.whole
-        if beside < self.code * ATTRIBUTION_ROWS:
-            most = min(most, beside / self.code)
-        elif beside < 0:
-            return 0
-        return max(0, int(most))
+    def fit(self, memory: float, n_devices: int = 1) -> Sizes:
+        """The largest sizes that fit in `memory` bytes of so many devices together; 0 of everything
+        where not even one row can be recorded."""
+        free = FREE * memory - self.weights - self.saes
+        return Sizes.every(0) if free < self.recording else self.beside(free, n_devices)
+
+    def beside(self, free: float, n_devices: int = 1) -> Sizes:
+        """The largest sizes that fit into so many bytes beside weights and slices, none above what
+        is worth it. A whole SAE is on one of the devices, beside its share of the model."""
+        held = dict.fromkeys(WORK, 0.0) | {"steps": self.replay, "discovery": self.whole}
+        room = dict.fromkeys(WORK, free) | {"discovery": free / n_devices}
+        sizes = {}
+        for work, row in self.per_row.items():
+            fits = (room[work] - held[work]) / row if row else MOST.of(work)
+            sizes[work] = max(0, min(MOST.of(work), int(fits)))
+        return Sizes(**sizes)
 
 
 def memory_of(scene: Scene) -> Memory:
@@ -83,14 +93,15 @@ def memory_of(scene: Scene) -> Memory:
     widest = max(model.blocks, key=lambda block: block.outputs)
     everything = sum(2 * block.keys * longest * size for block in model.blocks)
     logits = scene.trial.behavior.n_read * model.vocabulary * _logit(scene)
-    row = kept(scene, widest, longest, longest) + everything + logits
+    row = kept(scene, widest, longest, longest) + logits
+    answer = row + everything if scene.trial.behavior.answer_tokens else 0.0
     searched = _search(scene, widest) if scene.trial.searches else (0.0, 0.0, 0.0)
     sliced = sum(8 * d * k for k in scene.features.values())
     run = sum(8 * d * n for n in scene.whole.values())
     weights = model.in_blocks * scene.weight_bytes + (model.parameters - model.in_blocks) * size
     whole, code = _discovery(scene)
     replay, recording, lane = searched
-    return Memory(weights, sliced + run, whole, code, replay, recording, row, lane)
+    return Memory(weights, sliced + run, whole, code, replay, recording, row, answer, lane)
 
 
 def _logit(scene: Scene) -> int:
