@@ -8,7 +8,8 @@ depends on it, because no row of a piece knows of the others.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from threading import Lock
 from typing import Any, Literal, TypeVar
@@ -192,14 +193,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(said in str(error) for said in FULL)
 
 
-def outside_of_pieces(error: BaseException) -> OutOfMemoryError:
-    """What to say of an error where no rows can be left for later."""
-    return OutOfMemoryError(
-        f"out of memory where rows cannot be split further ({_first_line(error)}). What finished "
-        "is stored, and the same command goes on there. Use fewer prompts ([data], --limit), "
-        "fewer trials side by side (--workers 1), a smaller dtype, or a device with more memory; "
-        "`holdfast plan` says what a trial takes"
-    )
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around a run: a lack of memory that no smaller piece can help says what to do.
+
+    Raises OutOfMemoryError in the place of torch's errors.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory where no rows can be left for later ({_first_line(error)}). What "
+            "finished is stored, and the same command goes on there. Use fewer prompts ([data], "
+            "--limit), fewer trials side by side (--workers 1), a smaller dtype, or a device with "
+            "more memory; `holdfast plan` says what a trial takes"
+        ) from error
 
 
 def _one_row(work: Work, error: BaseException) -> str:

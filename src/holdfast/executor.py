@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from holdfast.attacks import TrialResult
-from holdfast.batching import MOST, Batching, Sizes, is_out_of_memory, outside_of_pieces
+from holdfast.batching import MOST, Batching, Sizes
 from holdfast.canonical import digest
 from holdfast.errors import DeviceError, EmptyValidSetError
 from holdfast.planning import Plan
@@ -187,10 +187,6 @@ def _run(trial: Trial, lab: Lab) -> Done:
         result = run_trial(trial, lab)
     except EmptyValidSetError as error:
         result = error
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise outside_of_pieces(error) from error
-        raise
     seconds = round(time.perf_counter() - clock, 3)
     peak = torch.cuda.max_memory_allocated() if on_cuda else None
     return Done(

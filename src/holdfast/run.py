@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from holdfast.batching import explained
 from holdfast.canonical import SCHEMA
 from holdfast.errors import EmptyValidSetError, StudyError
 from holdfast.executor import (
@@ -79,7 +80,7 @@ def run_study(
     """
     runtime, watcher = runtime or Runtime(), watcher or Watcher()
     check_device(runtime.device)
-    with RunFolder.open(out, plan.study.canonical(), text) as store:
+    with RunFolder.open(out, plan.study.canonical(), text) as store, explained():
         done = {trial.id for trial in plan.trials if store.has(trial.id)}
         for trial_id in done:  # a damaged record is found before anything is searched
             store.load(trial_id)
