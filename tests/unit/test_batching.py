@@ -438,11 +438,11 @@ from holdfast.sites import Site
 from holdfast.subject import Subject
 torch.set_num_threads(1)
 subject = Subject.of("tiny", tiny_model(d_model=512), tiny_tokenizer(), {})
-batch = tiny_batch(subject, 4000)
+batch = tiny_batch(subject, 1000)
 few = subject.outputs(batch.rows(range(50)))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, -1))
-subject.batching.__init__(4000)
+resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000, -1))
+subject.batching.__init__(1000)
 out = subject.outputs(batch)
 assert torch.allclose(out[:50], few, atol=1e-4), (out[:50] - few).abs().max()
 print(len(out), *subject.batching.halvings())
@@ -453,7 +453,7 @@ def test_a_machine_that_has_no_more(tmp_path: Path) -> None:
     """The real allocator, in a process that may not grow by more than 60 MB."""
     done = subprocess.run([sys.executable, "-c", LITTLE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("4000 out of memory with 4000 rows at once (passes)")
+    assert done.stdout.startswith("1000 out of memory with 1000 rows at once (passes)")
 
 
 def test_every_kind_of_work_is_said_and_has_a_size() -> None:

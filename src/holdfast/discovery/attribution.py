@@ -111,7 +111,10 @@ class Attribution(DiscoveryKind):
         for frame, x in capture.seen:
             mask = selected(self.positions, self.include_bos, frame)
             for row in range(len(x)):
-                fired += (sae.encode(x[row, mask[row]]) > 0).any(0).float()
+                read = x[row, mask[row]]
+                kth = sae.kth(read)
+                for block in sae.blocks(len(read)):
+                    fired[block] += (sae.encode(read, block, kth) > 0).any(0).float()
         return fired / len(batch)
 
     def scores(self, subject: Subject, batch: Batch, sae: SAE) -> Tensor:
@@ -124,8 +127,12 @@ class Attribution(DiscoveryKind):
             x = leaf.seen[0]
             gradient = torch.autograd.grad(margin.sum(), x)[0].float()
             gradient = gradient * sae.inputs.magnify(x.detach().float())
-            attribution = sae.encode(x.detach()) * (gradient @ sae.W_dec.T)
-            mask = selected(self.positions, self.include_bos, own.frame())
-            return (attribution * mask[..., None]).sum(1)
+            mask = selected(self.positions, self.include_bos, own.frame())[..., None]
+            x, found = x.detach(), x.new_empty(len(own), sae.n_features, dtype=torch.float32)
+            kth = sae.kth(x)
+            for block in sae.blocks(mask.numel()):
+                attribution = sae.encode(x, block, kth) * (gradient @ sae.W_dec[block].T)
+                found[:, block] = (attribution * mask).sum(1)
+            return found
 
         return torch.cat(subject.batching.over("discovery", torch.arange(len(batch)), of))

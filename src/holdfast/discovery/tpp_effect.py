@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -98,8 +99,12 @@ class PooledCodes:
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         h = x.float()
-        codes = self.sae.encode(h) * self.sae.inputs.magnify(h)
-        self.total = self.total + pool(codes, frame).sum(0)
+        kth, scale = self.sae.kth(h), self.sae.inputs.magnify(h)
+        pooled = [
+            pool(self.sae.encode(h, block, kth) * scale, frame).sum(0)
+            for block in self.sae.blocks(h.shape[:-1].numel())
+        ]
+        self.total = self.total + torch.cat(pooled)
         return x
 
     def check_fired(self, site: Site, n_fired: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from holdfast.batching import MOST, WORK, Sizes, Work
 from holdfast.forecast.architecture import Block
 from holdfast.forecast.scene import Scene
+from holdfast.saes.sae import ENTRIES
 
 FREE = 0.9
 """Share of a device's memory that can be planned with; the rest is its runtime's, and waste."""
@@ -19,7 +20,7 @@ NORMS = 4
 """Residuals in float32 that a block's norms make."""
 
 CODES = 4
-"""Tensors [rows tokens features] that attribution holds at once."""
+"""Tensors [rows tokens features] that attribution holds at once, of a block of features."""
 
 LIVE_COPIES = 3
 """Residuals that are captured while a replay is recorded."""
@@ -30,8 +31,8 @@ class Memory:
     """Bytes, by what they hold.
 
     weights; saes: slices, and the whole of one where it is needed all the time; whole: what is held
-    of a whole SAE while features are found, drawn or compared, with its scores, and code: of one of
-    its rows beside that; replay: what is recorded of all rows; recording: the peak while it is
+    of a whole SAE while features are found, drawn or compared, with its scores, and code: of one
+    row beside that; replay: what is recorded of all rows; recording: the peak while it is
     recorded; row: one row of a full pass; answer: one row of a generation, with its keys and
     values; lane: one lane of a search's step. 0 is what a trial has none of.
     """
@@ -97,7 +98,9 @@ def memory_of(scene: Scene) -> Memory:
     answer = row + everything if scene.trial.behavior.answer_tokens else 0.0
     searched = _search(scene, widest) if scene.trial.searches else (0.0, 0.0, 0.0)
     sliced = sum(8 * d * k for k in scene.features.values())
-    run = sum(8 * d * n for n in scene.whole.values())
+    # Of a TopK only the encoder is needed.
+    run = sum((8 if scene.trial.intervention.runs_whole else 4) * d * n
+              for n in scene.whole.values())  # fmt: skip
     weights = model.in_blocks * scene.weight_bytes + (model.parameters - model.in_blocks) * size
     whole, code = _discovery(scene)
     replay, recording, lane = searched
@@ -151,8 +154,8 @@ def kept(scene: Scene, block: Block, columns: int, keys: int) -> float:
 
 
 def _discovery(scene: Scene) -> tuple[float, float]:
-    """A whole SAE with a score of every feature and prompt; and, of one row, the codes of its
-    tokens or the graph of its pass. What draws or compares features holds the SAE alone."""
+    """A whole SAE with a score of every feature and prompt, and a block of codes; and, of one row,
+    the graph of its pass. What draws or compares features holds the SAE alone."""
     width, d, blocks = scene.prompts.width, scene.model.d_model, scene.model.blocks
     whole = code = 0.0
     if scene.trial.control.clamps_others or scene.trial.paths is not None:
@@ -162,6 +165,7 @@ def _discovery(scene: Scene) -> tuple[float, float]:
     for site, shape in scene.saes.items():
         n = shape.n_features
         graph = sum(kept(scene, b, width, width) for b in blocks[site.depth :])
-        whole = max(whole, 8 * d * n + 2 * 4 * n * scene.prompts.n["fit"])
-        code = max(code, CODES * 4 * n * width, graph)
+        codes = CODES * 4 * min(n * width * MOST.discovery, ENTRIES)
+        whole = max(whole, 8 * d * n + 2 * 4 * n * scene.prompts.n["fit"] + codes)
+        code = max(code, graph)
     return whole, code
