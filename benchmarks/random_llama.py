@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch
+from holdfast.batching import Batching
 from holdfast.edits import FeatureEdit
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.problem import Lanes, Problem
@@ -107,7 +108,7 @@ def random_subject(size: Size) -> Subject:
     site = Site(size.layer + 1)
     sae = random_sae(site, size.d_model, size.n_features)
     tokenizer: Any = tiny_tokenizer()
-    return Subject.of("random", random_model(size), tokenizer, {site: sae}, batch_size=64)
+    return Subject.of("random", random_model(size), tokenizer, {site: sae}, batching=Batching(64))
 
 
 def random_model(size: Size) -> Any:

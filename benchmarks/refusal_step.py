@@ -22,6 +22,7 @@ from benchmarks.harness import BenchmarkError, Bound, Cell, Options, Result, tim
 from benchmarks.published_refusal import PublishedRefusalSearch
 from benchmarks.random_llama import Size, random_batch, random_model
 from holdfast.ascent import Climb, ascend
+from holdfast.batching import Batching
 from holdfast.constraints.feature_hold import FeatureHold
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.features import FeatureSet, SiteFeatures
@@ -108,7 +109,7 @@ def posed(size: Size) -> tuple[Problem, tuple[FeatureEdit, ...]]:
     saes = {
         site: random_sae(site, size.d_model, size.n_features, seed=site.depth) for site in sites
     }
-    subject = Subject.of("random", model, tiny_tokenizer(), saes, batch_size=size.prompts)
+    subject = Subject.of("random", model, tiny_tokenizer(), saes, batching=Batching(size.prompts))
     generator = torch.Generator().manual_seed(1)
     answers = torch.randint(size.vocabulary, (size.prompts, ANSWER), generator=generator)
     batch = random_batch(size).forcing(answers.tolist())

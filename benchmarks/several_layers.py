@@ -27,6 +27,7 @@ from benchmarks.random_llama import random_batch
 from benchmarks.search_quality import some
 from holdfast.ascent import Climb, ascend
 from holdfast.attacks.residual import pose
+from holdfast.batching import Batching
 from holdfast.constraints import CONSTRAINTS, ConstraintKind
 from holdfast.controls import Case
 from holdfast.edits import FeatureEdit, Perturbation
@@ -167,7 +168,7 @@ def posed(size: Size, n_sites: int) -> Problem:
     sites = (Site(2), Site(3), Site(4))
     saes = {site: random_sae(site, size.d_model, 4 * size.d_model, site.depth) for site in sites}
     tokenizer: Any = tiny_tokenizer()
-    subject = Subject.of("random", model, tokenizer, saes, batch_size=8)
+    subject = Subject.of("random", model, tokenizer, saes, batching=Batching(8))
     batch = random_batch(drawn)
     ids = tuple(range(size.features))
     features = FeatureSet(

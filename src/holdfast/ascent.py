@@ -63,6 +63,11 @@ class Ascent:
     def reached(self) -> Tensor:
         return self.reached_at >= 0
 
+    @staticmethod
+    def join(parts: Sequence[Ascent]) -> Ascent:
+        names = [f.name for f in fields(Ascent)]
+        return Ascent(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+
 
 def ascend(
     problem: Problem,
@@ -76,18 +81,33 @@ def ascend(
     """Climb until a lane's goal is reached or the steps are used up.
 
     The step length falls linearly to `decay` times itself. Lanes that reached their goal leave the
-    batch, and so do the other lanes of the same row.
+    batch, and so do the other lanes of the same row. Raises OutOfMemoryError.
     """
-    size = problem.replay.subject.batch_size
-    if len(climb) > size:
-        whole = torch.arange(len(climb), device=climb.rows.device)
-        parts = [
-            ascend(problem, feasible, climb.part(index), steps, stepper, decay, trace)
-            for index in whole.split(size)
-        ]
-        names = [f.name for f in fields(Ascent)]
-        return Ascent(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
+    def piece(index: Tensor) -> tuple[Ascent, Trace]:
+        # Its own trace: a piece that ran out of memory is done again.
+        own: Trace | None = None if trace is None else []
+        found = _ascend(problem, feasible, climb.part(index), steps, stepper, decay, own)
+        return found, own or []
+
+    whole = torch.arange(len(climb), device=climb.rows.device)
+    parts = problem.replay.subject.batching.over("steps", whole, piece)
+    if trace is not None:
+        for _, own in parts:
+            _add(trace, own)
+    return Ascent.join([ascent for ascent, _ in parts])
+
+
+def _ascend(
+    problem: Problem,
+    feasible: FeasibleSet,
+    climb: Climb,
+    steps: int,
+    stepper: Stepper,
+    decay: float,
+    trace: Trace | None,
+) -> Ascent:
+    """The lanes of one piece."""
     n, device = len(climb), climb.start.device
     lanes, sets = Lanes.of(problem, climb.rows), feasible.rows(climb.rows)
     delta = sets.inside(climb.start, climb.radius, Iterate.zero(climb.start))
@@ -109,7 +129,7 @@ def ascend(
         reached_at[live[reached]] = step
         diverged[live[~finite]] = True
         if trace is not None:
-            _note(trace, step, problem, delta, margin, climb.rows[live], reached)
+            trace.append(_noted(problem, delta, margin, climb.rows[live], reached))
 
         done = climb.rows[live[reached]]
         keep = finite & ~torch.isin(climb.rows[live], done)
@@ -140,23 +160,27 @@ def _margin_and_gradient(lanes: Lanes, delta: Tensor, last: bool) -> tuple[Tenso
     return margin.detach(), gradient
 
 
-def _note(
-    trace: Trace,
-    step: int,
-    problem: Problem,
-    delta: Tensor,
-    margin: Tensor,
-    rows: Tensor,
-    reached: Tensor,
-) -> None:
-    """Add this step's figures over the live lanes to what other chunks noted for it."""
-    while len(trace) <= step:
-        trace.append({"n": 0, "n_reached": 0, "margin": 0.0, "norm": 0.0, "violation": 0.0})
-    entry = trace[step]
+def _noted(
+    problem: Problem, delta: Tensor, margin: Tensor, rows: Tensor, reached: Tensor
+) -> dict[str, float]:
+    """This step's figures over the live lanes of a piece."""
     relative = norms(delta).flatten() / problem.reference_norm[rows]
-    violation = float(relative_violation(problem, delta, rows).max())
-    entry["n"] += len(rows)
-    entry["n_reached"] += int(reached.sum())
-    entry["margin"] += float(margin.nan_to_num().sum())
-    entry["norm"] += float(relative.sum())
-    entry["violation"] = max(entry["violation"], violation)
+    return {
+        "n": len(rows),
+        "n_reached": int(reached.sum()),
+        "margin": float(margin.nan_to_num().sum()),
+        "norm": float(relative.sum()),
+        "violation": float(relative_violation(problem, delta, rows).max()),
+    }
+
+
+def _add(trace: Trace, own: Trace) -> None:
+    """Add what a piece noted to what others did, step by step."""
+    for step, noted in enumerate(own):
+        if step == len(trace):
+            trace.append(dict.fromkeys(noted, 0))
+        entry = trace[step]
+        largest = max(entry["violation"], noted["violation"])
+        for name, value in noted.items():
+            entry[name] += value
+        entry["violation"] = largest

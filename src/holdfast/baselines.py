@@ -197,10 +197,11 @@ def _states(found: Recovered, batch: Batch) -> Tensor:
 
 def _gradient(found: Recovered) -> Tensor:
     """[n q d]: gradient of the margin at zero (one step of FGSM in the 2-norm)."""
-    size = found.case.subject.batch_size
-    gradients = []
-    for rows in torch.arange(len(found), device=found.delta.device).split(size):
-        lanes = Lanes.of(found.problem, rows)
+
+    def gradient(rows: Tensor) -> Tensor:
         leaf = torch.zeros_like(found.delta[rows]).requires_grad_(True)
-        gradients.append(torch.autograd.grad(lanes.margin(leaf).sum(), leaf)[0])
-    return torch.cat(gradients)
+        margin = Lanes.of(found.problem, rows).margin(leaf)
+        return torch.autograd.grad(margin.sum(), leaf)[0]
+
+    every = torch.arange(len(found), device=found.delta.device)
+    return torch.cat(found.case.subject.batching.over("steps", every, gradient))

@@ -221,12 +221,6 @@ class Batch:
             readout=self.readout,
         )
 
-    def chunks(self, size: int) -> list[Batch]:
-        """The batch in pieces of at most `size` rows, in order."""
-        return [
-            self.rows(torch.arange(i, min(i + size, len(self)))) for i in range(0, len(self), size)
-        ]
-
     def answers(self) -> Tensor:
         """[b 1+m+a] every answer in play: the target, its rivals, the alternatives."""
         return torch.cat([self.targets[:, None], self.rivals, self.alternatives], 1)

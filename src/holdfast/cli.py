@@ -44,11 +44,24 @@ Sets = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="audit at most this many prompts")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0; auto spreads over all")]
+
+
+def _rows(text: str) -> int:
+    """How many rows `--batch-size` says, 0 for those found from memory."""
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"expected auto or a whole number from 1, got {text!r}")
+    return int(text)
+
+
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="most rows in one pass or step")
-]
-
-
+    int,
+    typer.Option(
+        "--batch-size", parser=_rows, metavar="auto|N",
+        help="most rows in one pass or step; auto finds it from memory",
+    ),
+]  # fmt: skip
 Workers = Annotated[
     int, typer.Option("--workers", min=0, help="trials side by side; 0 chooses by model and device")
 ]
@@ -64,7 +77,7 @@ def run(
     set_: Sets = None,
     limit: Limit = None,
     device: Device = "cpu",
-    batch_size: BatchSize = 512,
+    batch_size: BatchSize = "auto",  # type: ignore[assignment]
     workers: Workers = 0,
     despite_faults: DespiteFaults = False,
 ) -> None:
@@ -84,7 +97,7 @@ def plan_(
     set_: Sets = None,
     limit: Limit = None,
     device: Device = "cpu",
-    batch_size: BatchSize = 512,
+    batch_size: BatchSize = "auto",  # type: ignore[assignment]
     prompt_tokens: Annotated[
         int | None, typer.Option("--prompt-tokens", min=2, help="of the longest prompt [its own]")
     ] = None,
@@ -115,7 +128,7 @@ def plan_(
 def demo(
     out: Out = None,
     device: Device = "cpu",
-    batch_size: BatchSize = 512,
+    batch_size: BatchSize = "auto",  # type: ignore[assignment]
     workers: Workers = 0,
     despite_faults: DespiteFaults = False,
 ) -> None:
@@ -157,7 +170,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="[<audit>.clamp.safetensors]")] = None,
     set_: Sets = None,
     device: Device = "cpu",
-    batch_size: BatchSize = 512,
+    batch_size: BatchSize = "auto",  # type: ignore[assignment]
 ) -> None:
     """Write an audit's clamp to a file that runs on a plain transformers model."""
     from holdfast.executor import Runtime
@@ -268,7 +281,7 @@ def audit_sheet(
     set_: Sets = None,
     limit: Limit = None,
     device: Device = "cpu",
-    batch_size: BatchSize = 512,
+    batch_size: BatchSize = "auto",  # type: ignore[assignment]
 ) -> None:
     """Write a blinded sheet for people to label a run's replies on."""
     from holdfast.executor import Runtime

@@ -39,8 +39,8 @@ class ClosedForm:
             nothing = torch.full_like(problem.goal, torch.nan)
             return cls(nothing, nothing)
         every = torch.arange(len(problem), device=problem.goal.device)
-        parts = [_of(problem, feasible, rows)
-                 for rows in every.split(problem.replay.subject.batch_size)]  # fmt: skip
+        batching = problem.replay.subject.batching
+        parts = batching.over("steps", every, lambda rows: _of(problem, feasible, rows))
         norm, share = (torch.cat(column) for column in zip(*parts, strict=True))
         return cls(norm, share)
 

@@ -131,9 +131,10 @@ def attribute(
     push: Edit | None, spot: Spot,
 ) -> Direct:  # fmt: skip
     """The leads of `spot` with edits on: `first`, the perturbation, `then`, at every site."""
-    pieces = []
-    for rows in torch.arange(len(batch), device=batch.tokens.device).split(subject.batch_size):
-        pieces.append(_attributed(subject, batch.rows(rows), first, then, push, spot.rows(rows)))
+    pieces = subject.batching.over(
+        "passes", torch.arange(len(batch), device=batch.tokens.device),
+        lambda rows: _attributed(subject, batch.rows(rows), first, then, push, spot.rows(rows)),
+    )  # fmt: skip
     return Direct(
         heads=torch.cat([p.heads for p in pieces]),
         mlps=torch.cat([p.mlps for p in pieces]),
@@ -269,15 +270,12 @@ def attention(
     column that is read, to earlier tokens that are this answer; NaN where the prompt has none."""
     family = subject.family
     modules = family.inside(subject.model, family.heads.rpartition(".")[0])
-    found: dict[str, list[Tensor]] = {"target": [], "rival": []}
-    for rows in torch.arange(len(batch), device=batch.tokens.device).split(subject.batch_size):
+
+    def paid(rows: Tensor) -> dict[str, Tensor]:
         chunk, own = batch.rows(rows), spot.rows(rows)
         weights: dict[int, Tensor] = {}
 
-        def see(
-            layer: int, args: tuple[Any, ...], output: Any,
-            own: Spot = own, weights: dict[int, Tensor] = weights,
-        ) -> None:  # fmt: skip
+        def see(layer: int, args: tuple[Any, ...], output: Any) -> None:
             if not isinstance(output, tuple) or output[1] is None:
                 raise SubjectError(
                     f"attention of block {layer} gave no weights though it was asked to be eager: "
@@ -289,9 +287,14 @@ def attention(
             subject.read(chunk, edits)
         every = torch.stack([weights[i].to(rows.device) for i in range(len(modules))], 1)
         column = torch.arange(chunk.tokens.shape[1], device=rows.device)
+        found: dict[str, Tensor] = {}
         before = (column < chunk.tokens.shape[1] - own.back[:, None]) & (chunk.positions >= 0)
         for name, token in (("target", own.target), ("rival", own.rival)):
             there = (chunk.tokens == token[:, None]) & before
-            paid = torch.einsum("nlhs,ns->nlh", every, there.double())
-            found[name].append(torch.where(there.any(1)[:, None, None], paid, torch.nan))
-    return {name: torch.cat(pieces) for name, pieces in found.items()}
+            share = torch.einsum("nlhs,ns->nlh", every, there.double())
+            found[name] = torch.where(there.any(1)[:, None, None], share, torch.nan)
+        return found
+
+    everyone = torch.arange(len(batch), device=batch.tokens.device)
+    pieces = subject.batching.over("passes", everyone, paid)
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

@@ -151,7 +151,7 @@ class FeatureEdit:
         change = self.bank.decode(self.assigned(z, frame) - z, x, frame)
         if self.sae is not None and self.error_scale != 1.0:
             h = x.float()
-            error = h - self.sae.decode(self.sae.encode(h), h)
+            error = h - self.sae.reconstruct(h)
             change = change - (1.0 - self.error_scale) * error
         mask = self.selects(site, frame)
         if self.gate is not None:

@@ -10,7 +10,8 @@ and impossible requests. Each message says what was expected, what came, and wha
     │   ├── SAEError            an SAE that does not belong to this model or site
     │   ├── ContextError        a prompt with its answer that is longer than the model reads
     │   ├── DeviceError         a device that was asked for and is not there
-    │   └── NonFiniteError      NaN or infinite logits
+    │   ├── NonFiniteError      NaN or infinite logits
+    │   └── OutOfMemoryError    a single row, or what cannot be split, does not fit into memory
     ├── FeatureError            feature ids out of range, twice, or missing for a group
     ├── SplitError              prompts shared between splits that must be disjoint
     ├── ConstraintError         a constraint that could not keep its promise on this SAE
@@ -62,6 +63,10 @@ class DeviceError(SubjectError):
 
 class NonFiniteError(SubjectError):
     """The model returned NaN or infinite logits."""
+
+
+class OutOfMemoryError(SubjectError):
+    """A single row of some work, or what cannot be split into rows, does not fit into memory."""
 
 
 class FeatureError(HoldfastError):

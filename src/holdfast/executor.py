@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 
 from holdfast.attacks import TrialResult
+from holdfast.batching import MOST, Batching, Sizes
 from holdfast.canonical import digest
 from holdfast.errors import DeviceError, EmptyValidSetError
 from holdfast.planning import Plan
@@ -34,13 +36,14 @@ for the organism on two idle cores, and cost 18 times the seconds on busy ones (
 class Runtime:
     """Where and how fast, never what.
 
-    workers: trials side by side, 0 for as many as there are cores if all subjects are small and on
-    the CPU, else one. command: what repeats the run, for the record.
+    batch_size: most rows at once, 0 to find them from memory (`batching.py`). workers: trials side
+    by side, 0 for as many as there are cores if all subjects are small and on the CPU, else one.
+    command: what repeats the run, for the record.
     despite_faults: go on where preflight finds what makes results wrong.
     """
 
     device: str = "cpu"
-    batch_size: int = 512
+    batch_size: int = 0
     workers: int = 0
     command: str = ""
     despite_faults: bool = False
@@ -50,7 +53,8 @@ class Runtime:
 class Done:
     """A trial that ended. result: what it found, or that no prompt was left to search; unprepared:
     settings that it had to prepare first; peak_bytes: the most it held on a CUDA device, None on
-    the CPU, where trials share their memory with all else.
+    the CPU, where trials share their memory with all else; begun_with: rows at once when it began;
+    batch_plan: as `Batching.plan` has it, at its end.
     """
 
     trial: Trial
@@ -60,6 +64,8 @@ class Done:
     threads: int
     unprepared: tuple[SubjectIdentity, ...] = ()
     peak_bytes: int | None = None
+    begun_with: Sizes = MOST
+    batch_plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_device(device: str) -> None:
@@ -79,15 +85,20 @@ def check_device(device: str) -> None:
         )
 
 
-def load_lab(plan: Plan, trials: Sequence[Trial], runtime: Runtime) -> Lab:
-    """Load the subjects that these trials need, each once."""
+def load_lab(
+    plan: Plan, trials: Sequence[Trial], runtime: Runtime, batching: Batching | None = None
+) -> Lab:
+    """Load the subjects that these trials need, each once. batching: what subjects loaded before
+    have, to be shared with these."""
+    if batching is None:
+        batching = Batching(runtime.batch_size or MOST)
     needed = {}
     for trial in trials:
         for identity in (trial.subject, trial.twin):
             if identity is not None:
                 needed[digest(identity.model_dump(mode="json"))] = identity
     return Lab(
-        {key: Subject.load(plan.specs[key], runtime.device, runtime.batch_size) for key in needed}
+        {key: Subject.load(plan.specs[key], runtime.device, batching) for key in needed}, batching
     )
 
 
@@ -98,8 +109,7 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> 
     """
     if not trials:
         return
-    small = _is_small(lab, runtime)
-    n_workers = min(runtime.workers or (min(os.cpu_count() or 1, 4) if small else 1), len(trials))
+    n_workers = workers_for(trials, runtime, lab)
     if n_workers == 1:
         with threads_for(lab, runtime):
             for trial in trials:
@@ -108,7 +118,7 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> 
     labs: SimpleQueue[Lab] = SimpleQueue()
     labs.put(lab)
     for _ in range(n_workers - 1):
-        labs.put(load_lab(plan, trials, runtime))
+        labs.put(load_lab(plan, trials, runtime, lab.batching))
 
     def on_one_thread(trial: Trial) -> Done:
         torch.set_num_threads(1)  # of the calling thread's operations
@@ -140,6 +150,12 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> 
         raise error
 
 
+def workers_for(trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> int:
+    """How many trials run side by side."""
+    several = min(os.cpu_count() or 1, 4) if _is_small(lab, runtime) else 1
+    return min(runtime.workers or several, len(trials))
+
+
 @contextmanager
 def threads_for(lab: Lab, runtime: Runtime) -> Iterator[None]:
     """One thread for small subjects, also where nothing runs beside: so the last trial of a resumed
@@ -166,10 +182,14 @@ def _run(trial: Trial, lab: Lab) -> Done:
     on_cuda = lab.subject(trial.subject).device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
+    begun_with = lab.batching.sizes
     try:
         result = run_trial(trial, lab)
     except EmptyValidSetError as error:
         result = error
     seconds = round(time.perf_counter() - clock, 3)
     peak = torch.cuda.max_memory_allocated() if on_cuda else None
-    return Done(trial, result, started, seconds, torch.get_num_threads(), unprepared, peak)
+    return Done(
+        trial, result, started, seconds, torch.get_num_threads(), unprepared, peak, begun_with,
+        lab.batching.plan(),
+    )  # fmt: skip

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +69,28 @@ class AttachedEdits:
                 for site in edit.sites:
                     edit.check_fired(site, self._fired[index, site])
 
+    def mark(self) -> Callable[[], None]:
+        """What takes back all that the edits will have noted from here on: a piece of rows that ran
+        out of memory is done again, and nothing of it may be read or counted twice.
+
+        An edit keeps what it notes in lists, sets or dicts of its own, or in attributes that it
+        sets anew.
+        """
+        fired = dict(self._fired)
+        noted = [
+            (edit, {name: _copied(value) for name, value in vars(edit).items()})
+            for edit in self._edits
+            if not _is_frozen(edit)
+        ]
+
+        def take_back() -> None:
+            self._fired = defaultdict(int, fired)
+            for edit, before in noted:
+                vars(edit).clear()
+                vars(edit).update(before)
+
+        return take_back
+
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -113,6 +137,21 @@ class AttachedEdits:
                 if n_selected:
                     x = edit.apply(site, x, frame)
         return x
+
+
+def _is_frozen(edit: Edit) -> bool:
+    """Whether an edit can note nothing, as a frozen record cannot."""
+    made = getattr(edit, "__dataclass_params__", None)
+    return bool(made and made.frozen)
+
+
+def _copied(value: Any) -> Any:
+    return copy(value) if isinstance(value, list | set | dict) else value
+
+
+def _moved(frame: Frame, device: torch.device) -> Frame:
+    names = ("positions", "prompt_length", "bos", "template")
+    return replace(frame, **{name: getattr(frame, name).to(device) for name in names})
 
 
 @contextmanager

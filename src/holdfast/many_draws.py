@@ -7,7 +7,7 @@ alone. So it is only done where the margin is the behavior, and not where text i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,16 +39,14 @@ def many_draws(found: Recovered, spec: PathSpec, seed: int) -> dict[str, Any]:
     sets = {"free": _free(found, spec, seed)}
     if constraint.exact:
         sets["inside"] = _inside(found, spec, seed)
-    size, device = found.case.subject.batch_size, found.delta.device
-    chunks = torch.arange(len(found), device=device).split(size)
-    lanes = [(rows, Lanes.of(found.problem, rows)) for rows in chunks]
-    nothing = _margins(lanes, torch.zeros_like(found.delta))
-    reached = _margins(lanes, found.delta)
+    lanes: dict[tuple[int, int], Lanes] = {}
+    nothing = _margins(found, lanes, torch.zeros_like(found.delta))
+    reached = _margins(found, lanes, found.delta)
     made: dict[str, Any] = {"n": spec.margin_draws, "reason": ""}
     for name, draws in sets.items():
         margins, there = [], torch.ones_like(nothing, dtype=torch.bool)
         for delta, has in draws:
-            margins.append(_margins(lanes, delta))
+            margins.append(_margins(found, lanes, delta))
             there &= has
         made[name] = _told(found, torch.stack(margins), there, nothing, reached)
     return made | {"inside": made.get("inside")}
@@ -66,10 +64,19 @@ def _inside(found: Recovered, spec: PathSpec, seed: int) -> Iterator[tuple[Tenso
         yield inside(found, feasible, noise(found, seed, FIRST + draw), 1.0)
 
 
-def _margins(lanes: Sequence[tuple[Tensor, Lanes]], delta: Tensor) -> Tensor:
-    """[n] float64, of vectors [n q d_model] as they are; lanes: rows and what is run of them."""
+def _margins(found: Recovered, lanes: dict[tuple[int, int], Lanes], delta: Tensor) -> Tensor:
+    """[n] float64, of vectors [n q d_model] as they are; lanes: first row and number of rows → what
+    is run of them, laid out once for all draws."""
+
+    def margin(rows: Tensor) -> Tensor:
+        key = int(rows[0]), len(rows)
+        if key not in lanes:
+            lanes[key] = Lanes.of(found.problem, rows)
+        return lanes[key].margin(delta[rows])
+
+    everyone = torch.arange(len(found), device=delta.device)
     with torch.no_grad():
-        return torch.cat([own.margin(delta[rows]) for rows, own in lanes]).double()
+        return torch.cat(found.case.subject.batching.over("steps", everyone, margin)).double()
 
 
 def _told(

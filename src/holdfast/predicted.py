@@ -21,18 +21,19 @@ def gradients(found: Recovered) -> dict[str, Tensor]:
     the way to the vector found, by midpoints (Sundararajan, Taly and Yan 2017); with it the whole
     vector is predicted exactly, but for the number of steps.
     """
-    size = found.case.subject.batch_size
-    linear, integrated = [], []
-    for rows in torch.arange(len(found), device=found.delta.device).split(size):
+
+    def both(rows: Tensor) -> tuple[Tensor, Tensor]:
         lanes, delta = Lanes.of(found.problem, rows), found.delta[rows]
 
-        def at(share: float, lanes: Lanes = lanes, delta: Tensor = delta) -> Tensor:
+        def at(share: float) -> Tensor:
             leaf = (share * delta).requires_grad_(True)
             return torch.autograd.grad(lanes.margin(leaf).sum(), leaf)[0].double()
 
-        linear.append(at(0.0))
-        integrated.append(sum((at((i + 0.5) / STEPS) for i in range(1, STEPS)), at(0.5 / STEPS)))
-    return {"linear": torch.cat(linear), "integrated": torch.cat(integrated) / STEPS}
+        return at(0.0), sum((at((i + 0.5) / STEPS) for i in range(1, STEPS)), at(0.5 / STEPS))
+
+    everyone = torch.arange(len(found), device=found.delta.device)
+    linear, along = zip(*found.case.subject.batching.over("steps", everyone, both), strict=True)
+    return {"linear": torch.cat(linear), "integrated": torch.cat(along) / STEPS}
 
 
 def predictions(gradient: Tensor, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:

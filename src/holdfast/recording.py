@@ -1,6 +1,6 @@
 """Recording a replay: the prefix runs once, and what the suffix needs of it is kept.
 
-The passes go by pieces of the subject's `batch_size` rows, so that what they hold on the way is
+The passes go by pieces of rows (`batching.py`), so that what they hold on the way is
 bounded by that. What is kept of all rows is the residual of the lowest site in the suffix columns,
 and keys and values of the prefix in the blocks above it, in the model's precision. Where there are
 more rows than one step of a search takes, these wait in the host's memory, and the rows of a step
@@ -69,12 +69,11 @@ def record(
     kept = _Kept(len(batch))
     # One `with` for all pieces: an edit need not fire in each.
     with torch.no_grad(), AttachedEdits(blocks, edits) as attached:
-        pieces = [
-            _piece(subject, batch, rows, start, sites[0], attached, captures, kept)
-            for rows in torch.arange(len(batch), device=batch.tokens.device).split(
-                subject.batch_size
-            )
-        ]
+        pieces = subject.batching.over(
+            "passes", torch.arange(len(batch), device=batch.tokens.device),
+            lambda rows: _piece(subject, batch, rows, start, sites[0], attached, captures, kept),
+            attached.mark,
+        )  # fmt: skip
     frame = batch.frame().columns(slice(start, None))
     columns = slots.find(positions, frame.positions)
     read = dict(zip(map(id, captures), map(_cat, zip(*(p.seen for p in pieces), strict=True)),
@@ -140,13 +139,13 @@ def _piece(
         (layer.keys, layer.values) if index >= lowest.depth else None
         for index, layer in enumerate(cache.layers)
     ]
-    kept.add(above if start else [], n)
     for capture in captures:
         capture.seen.clear()
     blocks = subject.family.blocks_of(subject.model)
     recorded = record_calls(blocks, lambda: run(slice(start, tokens.shape[1])))
     # A replay gives its own residual; the piece's cache must not be held by its calls.
     calls = reading([(args[1:], kwargs) for args, kwargs in recorded], PrefixCache(()))
+    kept.add(above if start else [], n)  # last: a piece that did not fit leaves nothing there
     return _Piece(n, calls, [own.seen.pop()[1][:n] for own in captures])
 
 

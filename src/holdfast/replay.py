@@ -97,7 +97,7 @@ class Replay:
         positions [b p] absolute, -1 for none. An edit stands either in `before` (it acts first,
         the perturbation has the last word) or in `after` (the edit has the last word); the
         distinction matters only at perturbed sites. watch: further sites whose residual is read.
-        Beside what is kept (`recording.py`) the memory is that of passes over `batch_size` rows.
+        Beside what is kept (`recording.py`) the memory is that of passes over a piece of rows.
         """
         sites = (sites,) if isinstance(sites, Site) else tuple(sorted(set(sites)))
         whole = decided_on_whole((*before, *after))

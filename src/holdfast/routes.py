@@ -44,15 +44,20 @@ IMPLEMENTATION = "holdfast_patterns"
 def routes(found: Recovered) -> dict[str, Tensor]:
     """Of `FROZEN` → [n] margin with the vector added and everything else kept, in logits."""
     case, push = found.case, found.perturbation(found.delta)
-    subject, made = case.subject, {name: list[Tensor]() for name in FROZEN}
-    for rows in torch.arange(len(found), device=found.delta.device).split(subject.batch_size):
-        batch = case.batch.rows(rows)
+    subject = case.subject
+
+    def margins(rows: Tensor) -> dict[str, Tensor]:
+        batch, made = case.batch.rows(rows), {}
         kept = _Kept.of(subject, batch, case.edits)
         for name, what in FROZEN.items():
             with kept.on(subject, what):
                 scores = subject.read(batch, found.edits(push))
-            made[name].append(batch.margin(scores).double())
-    return {name: torch.cat(pieces) for name, pieces in made.items()}
+            made[name] = batch.margin(scores).double()
+        return made
+
+    everyone = torch.arange(len(found), device=found.delta.device)
+    pieces = subject.batching.over("passes", everyone, margins)
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in FROZEN}
 
 
 @dataclass(frozen=True)

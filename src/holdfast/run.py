@@ -15,11 +15,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from holdfast.batching import explained
 from holdfast.canonical import SCHEMA
 from holdfast.errors import EmptyValidSetError, StudyError
-from holdfast.executor import Done, Runtime, check_device, execute, load_lab, threads_for
+from holdfast.executor import (
+    Done,
+    Runtime,
+    check_device,
+    execute,
+    load_lab,
+    threads_for,
+    workers_for,
+)
 from holdfast.finding import Finding
 from holdfast.forecast.outlook import Outlook
+from holdfast.forecast.sizing import beginning
 from holdfast.manifest import check_rows, check_run
 from holdfast.planning import Plan
 from holdfast.preflight import preflight, require
@@ -35,11 +45,12 @@ PACKAGES = ("holdfast", "torch", "transformers", "safetensors", "numpy", "scipy"
 
 @dataclass
 class Watcher:
-    """Told what preflight found, how many trials are stored, and which one was last; the default
-    says nothing."""
+    """Told what preflight found, how many trials are stored and which one was last, and what there
+    is to say of how many rows go at once; the default says nothing."""
 
     stored: Callable[[int, int, Trial | None], None] = lambda n_stored, n_all, trial: None
     checked: Callable[[Sequence[Finding], float], None] = lambda findings, seconds: None
+    sized: Callable[[str], None] = lambda sentence: None
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ def run_study(
     """
     runtime, watcher = runtime or Runtime(), watcher or Watcher()
     check_device(runtime.device)
-    with RunFolder.open(out, plan.study.canonical(), text) as store:
+    with RunFolder.open(out, plan.study.canonical(), text) as store, explained():
         done = {trial.id for trial in plan.trials if store.has(trial.id)}
         for trial_id in done:  # a damaged record is found before anything is searched
             store.load(trial_id)
@@ -86,16 +97,28 @@ def run_study(
         watcher.stored(len(done), len(plan.trials), None)
         todo = [trial for trial in plan.trials if trial.id not in done]
         lab = load_lab(plan, todo, runtime)
-        findings = _checked(plan, todo, lab, runtime, watcher)
         outlook = Outlook.before(lab, runtime, todo)
-        for ended in execute(plan, todo, runtime, lab):
-            if isinstance(ended.result, EmptyValidSetError):
-                empty[ended.trial.id] = ended.result
-            else:
-                _write(ended, store, runtime, findings[ended.trial.id], outlook)
-                done.add(ended.trial.id)
-                store.write_summary(summary())
-            watcher.stored(len(done), len(plan.trials), ended.trial)
+        if todo:
+            n_workers = workers_for(todo, runtime, lab)
+            first = beginning(outlook.memories(todo), runtime, n_workers, store.batch_plan())
+            lab.batching.begin(first)
+            if first.note:
+                watcher.sized(first.note)
+        findings = _checked(plan, todo, lab, runtime, watcher)
+        try:
+            for ended in execute(plan, todo, runtime, lab):
+                if isinstance(ended.result, EmptyValidSetError):
+                    empty[ended.trial.id] = ended.result
+                else:
+                    _write(ended, store, runtime, findings[ended.trial.id], outlook)
+                    done.add(ended.trial.id)
+                    store.write_summary(summary())
+                watcher.stored(len(done), len(plan.trials), ended.trial)
+        finally:
+            if todo:  # also where the run ends early: what goes on there begins with what fits
+                store.write_batch_plan(lab.batching.plan())
+                for sentence in lab.batching.halvings():
+                    watcher.sized(sentence)
         check_run(store, [trial for trial in plan.trials if trial.id in done])
         final = summary()
         store.write_summary(final)
@@ -160,7 +183,7 @@ def _write(
             "forecast": outlook.of(done),
             "device": runtime.device,
             "threads": done.threads,
-            "batch_plan": {"batch_size": runtime.batch_size},
+            "batch_plan": done.batch_plan,
             "versions": {name: version(name) for name in PACKAGES} | {
                 "python": platform.python_version()
             },

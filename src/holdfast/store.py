@@ -1,6 +1,6 @@
 """A run's folder: what is measured once, written whole or not at all, and never silently reused.
 
-    runs/demo/  study.toml  study.json  lock  summary.json  report.html
+    runs/demo/  study.toml  study.json  lock  summary.json  batch_plan.json  report.html
     runs/demo/trials/<id>/  perturbation.safetensors  examples.parquet  record.json
     runs/demo/audits/  <sheet>.key.json  <sheet>.labels.json   where people label replies
 
@@ -37,6 +37,7 @@ RECORD = "record.json"
 STUDY = "study.json"
 STUDY_TEXT = "study.toml"
 SUMMARY = "summary.json"
+BATCH_PLAN = "batch_plan.json"
 LOCK = "lock"
 AUDITS = "audits"
 
@@ -267,6 +268,22 @@ class RunFolder:
         """Replace summary.json; NaN becomes null."""
         self._require_lock()
         write_atomic(self.path / SUMMARY, _dump(json_safe(summary)))
+
+    def write_batch_plan(self, plan: dict[str, Any]) -> None:
+        """Keep how many rows went at once (`Batching.plan`), for trials that come later."""
+        self._require_lock()
+        write_atomic(self.path / BATCH_PLAN, _dump(json_safe(plan)))
+
+    def batch_plan(self) -> dict[str, Any] | None:
+        """What was kept last; None where there is nothing, and an empty one where it cannot be
+        read: it changes no number, so a damaged one is no reason to stop."""
+        try:
+            found = _parse((self.path / BATCH_PLAN).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def audit_file(self, name: str) -> Path:
         """Where a file of a manual audit lies; its folder is made. Texts are never put there."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import Batch, Example, Frame
+from holdfast.batching import Batching, Work
 from holdfast.edits import Edit, Placed
 from holdfast.errors import NonFiniteError, SAEError, SubjectError
 from holdfast.families import Family, d_model_of, family_of
@@ -31,11 +32,10 @@ if TYPE_CHECKING:
 class Subject:
     """A model with its tokenizer and SAEs on one device.
 
-    batch_size: most rows in one full forward pass and most lanes in one step of a search; it
-    changes memory and speed, not results. A replay keeps what it recorded of all its rows. fitted:
-    readouts that were fitted to it, by the hash of what they were fitted on; counted: tensors that
-    were measured of the model without any edit, by the hash of what asked for them, so that the
-    points of a grid measure them once.
+    batching: how many rows go through it at once; it changes memory and speed, not results. A
+    replay keeps what it recorded of all its rows. fitted: readouts that were fitted to it, by the
+    hash of what they were fitted on; counted: tensors that were measured of the model without any
+    edit, by the hash of what asked for them, so that the points of a grid measure them once.
     """
 
     name: str
@@ -43,13 +43,15 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     saes: Mapping[Site, SAE | StoredSAE]
     family: Family
-    batch_size: int = 128
+    batching: Batching = field(default_factory=Batching, repr=False, compare=False)
     prepend_bos: bool = False
     fitted: dict[str, Readout] = field(default_factory=dict, repr=False, compare=False)
     counted: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def load(cls, spec: SubjectSpec, device: str = "cpu", batch_size: int = 128) -> Subject:
+    def load(
+        cls, spec: SubjectSpec, device: str = "cpu", batching: Batching | None = None
+    ) -> Subject:
         """Load model, tokenizer and SAEs. Raises SubjectError, DeviceError or SAEError."""
         saes = {}
         for sae_spec in spec.saes:  # before the model, which takes longer to load
@@ -58,7 +60,7 @@ class Subject:
                 raise SAEError(f"two SAEs are named for {site}")
             saes[site] = sae_spec.source.load(site)
         model, tokenizer = load_model(spec, device)
-        return cls.of(spec.model, model, tokenizer, saes, batch_size, spec.prepend_bos)
+        return cls.of(spec.model, model, tokenizer, saes, batching, spec.prepend_bos)
 
     @classmethod
     def of(
@@ -67,7 +69,7 @@ class Subject:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         saes: Mapping[Site, SAE | StoredSAE],
-        batch_size: int = 128,
+        batching: Batching | None = None,
         prepend_bos: bool = False,
     ) -> Subject:
         """Put loaded parts together; SAEs go where their site's residual is.
@@ -94,7 +96,7 @@ class Subject:
         if prepend_bos and tokenizer.bos_token_id is None:
             raise SubjectError(f"prepend_bos: the tokenizer of {name} has no BOS token")
         model.eval().requires_grad_(False)
-        return cls(name, model, tokenizer, placed, family, batch_size, prepend_bos)
+        return cls(name, model, tokenizer, placed, family, batching or Batching(), prepend_bos)
 
     @property
     def d_model(self) -> int:
@@ -213,18 +215,24 @@ class Subject:
 
     # ------------------------------------------------------------------ forward passes
 
-    def outputs(self, batch: Batch, edits: Sequence[Edit] = (), keep: int = 1) -> Tensor:
+    def outputs(
+        self, batch: Batch, edits: Sequence[Edit] = (), keep: int = 1, work: Work = "passes"
+    ) -> Tensor:
         """Logits [b keep vocab] at the last `keep` prompt tokens, with `edits` on, no gradients.
 
-        Edits act at absolute positions, in the tuple's order at one site. Raises
-        EditNeverFiredError, PositionError, or ContextError or NonFiniteError naming the prompts.
+        Edits act at absolute positions, in the tuple's order at one site. work: what a row is for
+        memory's sake, where an edit holds more than the pass. Raises EditNeverFiredError,
+        PositionError, OutOfMemoryError, or ContextError or NonFiniteError naming the prompts.
         """
         self._check_positions(batch, edits)
-        logits = []
         with torch.no_grad(), AttachedEdits(self.family.blocks_of(self.model), edits) as attached:
-            for chunk in batch.chunks(self.batch_size):
-                attached.frame = chunk.frame()
-                logits.append(self._forward(chunk, keep))
+
+            def forward(rows: Tensor) -> Tensor:
+                own = batch.rows(rows)
+                attached.frame = own.frame()
+                return self._forward(own, keep)
+
+            logits = self.batching.over(work, torch.arange(len(batch)), forward, attached.mark)
         out = torch.cat(logits)
         self.check_finite(out[:, -1], batch.ids)
         return out
@@ -297,13 +305,16 @@ class Subject:
         The prompt is edited before its keys are cached and every new token is edited at its own
         absolute position, so that the result equals repeated full forward passes. A batch that is
         read for forced answers goes on after all but their last token. Rows that ended are filled
-        with the padding token. Raises ContextError where prompt and answer do not fit.
+        with the padding token. Raises ContextError where prompt and answer do not fit,
+        OutOfMemoryError.
         """
         self._check_positions(batch, edits, max_new_tokens)
-        out = []
         with torch.no_grad(), AttachedEdits(self.family.blocks_of(self.model), edits) as attached:
-            for chunk in batch.chunks(self.batch_size):
-                out.append(self._generate(chunk, attached, max_new_tokens, choose))
+            out = self.batching.over(
+                "generation", torch.arange(len(batch)),
+                lambda rows: self._generate(batch.rows(rows), attached, max_new_tokens, choose),
+                attached.mark,
+            )  # fmt: skip
         pad = self.tokenizer.pad_token_id or 0
         width = max(tokens.shape[1] for tokens in out)
         return torch.cat(

@@ -74,7 +74,10 @@ def progress(plan: Plan, despite_faults: bool = False) -> Iterator[Watcher]:
                         said, style=_LEVEL[finding.level], markup=False, soft_wrap=True
                     )
 
-        yield Watcher(stored, checked)
+        def noted(sentence: str) -> None:
+            bar.console.print(f"batch size: {sentence}", style="dim", markup=False)
+
+        yield Watcher(stored, checked, noted)
 
 
 @contextmanager

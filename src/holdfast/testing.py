@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch, Example
+from holdfast.batching import Batching
 from holdfast.constraints import ConstraintKind
 from holdfast.edits import Edit
 from holdfast.hooks import apply_edits
@@ -115,7 +116,7 @@ def tiny_subject(
 ) -> Subject:
     """A random Llama with random SAEs at `sites`."""
     saes = {site: random_sae(site, seed=seed + site.depth) for site in sites}
-    return Subject.of("tiny", tiny_model(seed), tiny_tokenizer(), saes, batch_size)
+    return Subject.of("tiny", tiny_model(seed), tiny_tokenizer(), saes, Batching(batch_size))
 
 
 def tiny_batch(subject: Subject, n: int = 6, ragged: bool = True, seed: int = 0) -> Batch:

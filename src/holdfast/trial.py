@@ -13,6 +13,7 @@ from pydantic import model_validator
 
 from holdfast.attacks import Attack, Attacked, TrialResult
 from holdfast.attacks.residual import Residual
+from holdfast.batching import Batching
 from holdfast.behaviors import Behavior
 from holdfast.canonical import digest, trial_id
 from holdfast.config import Config
@@ -99,9 +100,11 @@ class Trial(Config):
 
 @dataclass
 class Lab:
-    """The loaded subjects of a run, and the settings that several trials share."""
+    """The loaded subjects of a run, how many rows go through them at once, and the settings that
+    several trials share."""
 
     subjects: dict[str, Subject]
+    batching: Batching = field(default_factory=Batching)
     _settings: dict[str, Setting] = field(default_factory=dict)
 
     def subject(self, identity: SubjectIdentity) -> Subject:

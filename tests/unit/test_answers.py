@@ -16,6 +16,7 @@ from holdfast.attacks import Attacked, AttackKind, TrialResult
 from holdfast.attacks.prefill import ALIKE, ENDED, Prefill, _Begun, _begun, _others, _Round
 from holdfast.attacks.sampling import Sampling
 from holdfast.batch import Batch
+from holdfast.batching import Batching
 from holdfast.behaviors.mcq import MultipleChoice
 from holdfast.behaviors.refusal import Refusal
 from holdfast.controls.none import NoControl
@@ -103,7 +104,7 @@ def test_what_is_drawn_depends_on_seed_draw_and_prompt_alone(
     subject: Subject, batch: Batch
 ) -> None:
     def said(batch: Batch, seed: int = 0, draw: int = 0, size: int = 8) -> list[list[int]]:
-        own = replace(subject, batch_size=size)
+        own = replace(subject, batching=Batching(size))
         return own.generate(batch, (), 12, Sampled(1.0, seed, draw)).tolist()
 
     whole = said(batch)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from holdfast.batch import Batch
+from holdfast.batching import Batching
 from holdfast.direct import Spot, attention, attribute, eager, unreadable
 from holdfast.edits import Capture, Edit, Perturbation
 from holdfast.errors import EditError, SubjectError
@@ -62,7 +63,7 @@ def test_terms_sum_to_the_margin_in_every_family(subject: Subject) -> None:
     clamp and a perturbation on, in rows of different length and in chunks."""
     batch = prompts(subject)
     edits, added = (clamp(subject),), push(batch)
-    small = replace(subject, batch_size=3)
+    small = replace(subject, batching=Batching(3))
     spot = spot_of(subject, batch, edits)
     cap = subject.family.softcap_of(subject.model)
     for first, then, pushed in (((), (), None), (edits, (), added), ((), edits, added)):
@@ -168,7 +169,7 @@ def test_attention_to_a_token_is_what_the_weights_say(subject: Subject) -> None:
     spot = spot_of(subject, batch)
     there = torch.stack([batch.tokens[row, batch.positions[row] == 2][0] for row in range(4)])
     spot = replace(spot, target=there, rival=torch.full_like(there, 2))  # <eos> is in no prompt
-    found = attention(replace(subject, batch_size=3), batch, (), spot)
+    found = attention(replace(subject, batching=Batching(3)), batch, (), spot)
     with eager(subject), torch.no_grad():
         weights = subject.model(
             input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from holdfast.batch import Batch, Frame
+from holdfast.batching import Batching
 from holdfast.block_calls import with_cache
 from holdfast.edits import Capture, Edit, Perturbation
 from holdfast.errors import EditError, SubjectError
@@ -178,7 +179,7 @@ def test_left_padded_batches_equal_single_prompts(subject: Subject) -> None:
     for edits in ((), (clamp(subject),), (clamp(subject), added)):
         single = torch.cat([subject.outputs(batch.rows([i]), edits) for i in range(len(batch))])
         close(subject.outputs(batch, edits), single)
-        close(replace(subject, batch_size=3).outputs(batch, edits), single)
+        close(replace(subject, batching=Batching(3)).outputs(batch, edits), single)
 
 
 @in_every_family("padding")
@@ -325,7 +326,7 @@ def test_recorded_in_pieces_equals_recorded_at_once(
     positions = positions_of(batch, where)
     delta = torch.randn(*positions.shape, D_MODEL)
     at_once = recorded(subject, batch, SITES[1], positions, True)
-    pieces = recorded(replace(subject, batch_size=2), batch, SITES[1], positions, True)
+    pieces = recorded(replace(subject, batching=Batching(2)), batch, SITES[1], positions, True)
     close(pieces.logits(delta), at_once.logits(delta))
     close(pieces.residual(), at_once.residual())
     rows = torch.tensor([2, 0, 0, 1])

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from holdfast.ascent import Climb, ascend
 from holdfast.attacks.residual import pose
+from holdfast.batching import MOST, WORK, Sizes
 from holdfast.canonical import digest
 from holdfast.constraints.jacobian_probes import JacobianProbes
 from holdfast.controls.none import NoControl
@@ -294,11 +295,15 @@ def test_holding_several_sites_runs_the_blocks_between_them_again(tmp_path: Path
 
 def test_the_batch_that_fits_fits(paper: Scene) -> None:
     held = memory_of(paper)
-    for memory in (1e7, 1e8):
-        batch = held.batch_size(memory, 1)
-        assert batch > 0
-        assert held.peak(10**6, 10**6, batch) <= memory < 1.3 * held.peak(10**6, 10**6, batch + 1)
-    assert held.batch_size(held.weights, 1) == 0
+    for rows in (3, 300):
+        memory = (held.weights + held.saes + held.recording + rows * held.row) / 0.85
+        sizes = held.fit(memory)
+        assert 0 < sizes.smallest < MOST.smallest, sizes
+        assert held.peak(10**6, 10**6, sizes) <= memory
+        more = Sizes(**{work: sizes.of(work) + 1 for work in WORK})
+        assert memory < 1.3 * held.peak(10**6, 10**6, more)
+    assert held.fit(1e12) == MOST
+    assert held.fit(held.weights) == Sizes.every(0)
 
 
 def test_probed_rows_of_the_jacobian_are_passes_of_their_own(tmp_path: Path) -> None:
@@ -444,7 +449,7 @@ def test_attempts_generate_answers_and_search_nothing(tmp_path: Path) -> None:
     assert talked.peak > said.peak
     held = memory_of(talked.scene)
     assert held.lane == held.replay == held.recording == 0
-    assert held.peak(10**6, 10**6, held.batch_size(1e8, 1)) <= 1e8
+    assert held.peak(10**6, 10**6, held.fit(1e8)) <= 1e8
 
 
 def test_answers_are_counted_by_how_many_are_made(tmp_path: Path) -> None:

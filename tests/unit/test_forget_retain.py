@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from holdfast.batch import Batch
+from holdfast.batching import Batching
 from holdfast.datasets.file import File
 from holdfast.datasets.invented import Invented
 from holdfast.discovery import forget_retain
@@ -76,7 +77,7 @@ def test_sparsity_is_what_counting_by_hand_gives(
     )
     monkeypatch.setattr(forget_retain, "_CODES", 64 * 5)  # five tokens at a time
     monkeypatch.setattr(forget_retain, "_TOKENS", 20)  # two texts at a time
-    few = Subject(**{**vars(subject), "batch_size": 4, "counted": {}})
+    few = Subject(**{**vars(subject), "batching": Batching(4), "counted": {}})
     assert torch.equal(kind.sparsity(few, SITE, kind.forget).float(), expected.float())
 
 

@@ -302,7 +302,7 @@ def test_repeated_features_are_no_further_constraints(deep: Subject, prompts: Ba
 def test_bfloat16_is_held_up_to_its_rounding(prompts: Batch) -> None:
     model: Any = tiny_model()
     saes = {site: random_sae(site, seed=site.depth) for site in SITES}
-    coarse = Subject.of("tiny", model.to(torch.bfloat16), tiny_tokenizer(), saes, 16)
+    coarse = Subject.of("tiny", model.to(torch.bfloat16), tiny_tokenizer(), saes)
     problem = posed(coarse, prompts, clamps_of(banks_of(coarse)), back=2)
     level = JacobianNull().feasible(problem)
     assert 1e-3 < level.tolerance < torch.finfo(torch.bfloat16).eps

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast.attacks.residual import pose
 from holdfast.batch import Batch, Example
+from holdfast.batching import Batching
 from holdfast.constraints import CONSTRAINTS
 from holdfast.controls import Case
 from holdfast.edits import FeatureEdit, Perturbation
@@ -22,9 +23,7 @@ from holdfast.planning import plan
 from holdfast.readouts.probes import Probes
 from holdfast.recovery import Budget, RecoverySpec, recover
 from holdfast.replay import Replay
-from holdfast.saes import sae as saes
 from holdfast.saes.bank import FeatureBank
-from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.study import parse
 from holdfast.subject import Subject
@@ -195,7 +194,7 @@ def test_no_weight_has_a_gradient() -> None:
 
 def test_recording_holds_no_more_than_passes_over_its_pieces_and_what_it_keeps() -> None:
     """Twice the rows: twice of what is kept, and not of what is held on the way."""
-    subject = replace(tiny_subject(), batch_size=4)
+    subject = replace(tiny_subject(), batching=Batching(4))
     site = Site(2)
     on_the_way = []
     for n in (16, 32):
@@ -212,23 +211,6 @@ def test_recording_holds_no_more_than_passes_over_its_pieces_and_what_it_keeps()
         assert len(replay) == n and kept > 0
         on_the_way.append(live.peak - kept)
     assert on_the_way[1] < 1.4 * on_the_way[0]
-
-
-def test_the_kth_value_of_a_wide_topk_is_found_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = random_sae(SITE, n_features=2000, jump=False)
-    sae: SAE = replace(plain, k=20)
-    x = torch.randn(3, 7, 32)
-    expected = saes.kth_limit(sae.preactivations(x), 20)
-    codes = sae.encode(x, (3, 1999, 40))
-    for chunk in (7, 64, 1999, 5000):
-        monkeypatch.setattr(saes, "CHUNK", chunk)
-        torch.testing.assert_close(sae.limit(x), expected)
-        torch.testing.assert_close(sae.encode(x, (3, 1999, 40)), codes)
-    assert torch.equal(sae.encode(x)[..., [3, 1999, 40]] > 0, codes > 0)
-    monkeypatch.setattr(saes, "CHUNK", 64)
-    with Live(x, *(t for t in vars(sae).values() if isinstance(t, Tensor))) as live:
-        sae.limit(x)
-    assert live.peak < x[..., 0].numel() * 4 * 2000 / 3, "a third of all features at every token"
 
 
 # --- What a record says ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch, Example
+from holdfast.batching import Batching
 from holdfast.closed_form import ClosedForm
 from holdfast.constraints import ConstraintKind
 from holdfast.constraints.encoder_null import EncoderNull
@@ -174,7 +175,7 @@ def test_bos_is_pooled_where_a_prompt_has_none(subject: Subject) -> None:
 def test_chunks_change_nothing(subject: Subject) -> None:
     readout = probes(subject.d_model)
     batch = texts(subject, readout, (3, 7, 5, 4, 6))
-    small = replace(subject, batch_size=2)
+    small = replace(subject, batching=Batching(2))
     torch.testing.assert_close(small.read(batch), subject.read(batch), rtol=1e-5, atol=1e-5)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from holdfast.batch import Batch
+from holdfast.batching import Batching
 from holdfast.controls.random_features import RandomFeatures, firing_rates
 from holdfast.edits import Capture, FeatureEdit
 from holdfast.errors import FeatureError, StudyError
@@ -89,7 +90,7 @@ def test_the_draw_depends_on_prompts_and_not_on_batches(
     first = rule.features(subject, fit, grouped_features)
     shuffled = fit.rows(torch.randperm(len(fit)))
     assert rule.features(subject, shuffled, grouped_features) == first
-    small = replace(subject, batch_size=3)
+    small = replace(subject, batching=Batching(3))
     assert drawn_ids(rule.features(small, fit, grouped_features)) == drawn_ids(first)
     torch.manual_seed(7)
     assert rule.features(subject, fit, grouped_features) == first

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from holdfast.ascent import Climb, ascend
 from holdfast.batch import Batch, Frame
+from holdfast.batching import Batching
 from holdfast.constraints import Constraint
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.gradient_projection import GradientProjection
@@ -45,7 +46,7 @@ class LinearReplay:
 
     @property
     def subject(self) -> object:
-        return SimpleNamespace(batch_size=self.batch_size)
+        return SimpleNamespace(batching=Batching(self.batch_size))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -229,7 +230,9 @@ def test_another_batch_size_gives_the_same_answers(
     spec = RecoverySpec(constraint=EncoderNull())
     found = [
         recover(
-            tiny_problem(replace(subject, batch_size=size), batch, bank, goal=3.0, budget=1.0),
+            tiny_problem(
+                replace(subject, batching=Batching(size)), batch, bank, goal=3.0, budget=1.0
+            ),
             spec,
             seed=0,
         )

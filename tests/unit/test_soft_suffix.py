@@ -20,6 +20,7 @@ from holdfast.attacks.suffix_found import SuffixFound
 from holdfast.attacks.suffix_search import Objective, climb
 from holdfast.attacks.suffixed import Suffixed
 from holdfast.batch import Batch, Example
+from holdfast.batching import Batching
 from holdfast.behaviors.refusal import Refusal
 from holdfast.controls import Case
 from holdfast.controls.none import NoControl
@@ -230,7 +231,7 @@ def test_prompts_are_searched_as_if_alone(subject: Subject) -> None:
     for row in range(len(objective)):
         alone = climb(objective.rows(torch.tensor([row])), 6, lr=0.1)
         torch.testing.assert_close(alone.delta[0], together.delta[row], atol=1e-4, rtol=1e-3)
-    small = replace(subject, batch_size=2)
+    small = replace(subject, batching=Batching(2))
     _, _, again = posed(small, weight=5.0)
     torch.testing.assert_close(climb(again, 6, 0.1).delta, together.delta, atol=1e-4, rtol=1e-3)
 

@@ -48,11 +48,11 @@ class Objective:
             tuple(columns & bank.valid[bank.slices(frame)][:, None] for bank in banks),
         )  # fmt: skip
         zero = torch.zeros(problem.shape, device=positions.device)
+        every = torch.arange(len(problem), device=positions.device)
         with torch.no_grad():
-            parts = [
-                whole.rows(rows)._codes(zero[rows])
-                for rows in torch.arange(len(problem)).split(replay.subject.batch_size)
-            ]
+            parts = replay.subject.batching.over(
+                "steps", every, lambda rows: whole.rows(rows)._codes(zero[rows])
+            )
         reference = tuple(torch.cat(own) for own in zip(*parts, strict=True))
         return cls(**{f.name: getattr(whole, f.name) for f in fields(cls)}
                    | {"reference": reference})  # fmt: skip
@@ -100,9 +100,10 @@ def climb(objective: Objective, steps: int, lr: float) -> Ended:
     Normalized ascent with momentum, as the audit's own search steps; lr: the first step's norm as a
     share of the radius.
     """
-    size = objective.lanes.replay.subject.batch_size
     whole = torch.arange(len(objective), device=objective.goal.device)
-    parts = [_climb(objective.rows(rows), steps, lr) for rows in whole.split(size)]
+    parts = objective.lanes.replay.subject.batching.over(
+        "steps", whole, lambda rows: _climb(objective.rows(rows), steps, lr)
+    )
     return Ended(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Ended)})
 
 

@@ -20,8 +20,6 @@ from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
 
-_CHUNK = 16  # rows per backward pass: the codes of all features are held for them
-
 
 @dataclass
 class Leaf:
@@ -113,19 +111,28 @@ class Attribution(DiscoveryKind):
         for frame, x in capture.seen:
             mask = selected(self.positions, self.include_bos, frame)
             for row in range(len(x)):
-                fired += (sae.encode(x[row, mask[row]]) > 0).any(0).float()
+                read = x[row, mask[row]]
+                kth = sae.kth(read)
+                for block in sae.blocks(len(read)):
+                    fired[block] += (sae.encode(read, block, kth) > 0).any(0).float()
         return fired / len(batch)
 
     def scores(self, subject: Subject, batch: Batch, sae: SAE) -> Tensor:
         """[b n_features] attribution of every feature on every prompt, in logits."""
-        out = []
-        for chunk in batch.chunks(min(_CHUNK, subject.batch_size)):
+
+        def of(rows: Tensor) -> Tensor:
+            own = batch.rows(rows)
             leaf = Leaf(sae.site)
-            margin = chunk.margin(subject.forward_with_gradients(chunk, (leaf,)))
+            margin = own.margin(subject.forward_with_gradients(own, (leaf,)))
             x = leaf.seen[0]
             gradient = torch.autograd.grad(margin.sum(), x)[0].float()
             gradient = gradient * sae.inputs.magnify(x.detach().float())
-            attribution = sae.encode(x.detach()) * (gradient @ sae.W_dec.T)
-            mask = selected(self.positions, self.include_bos, chunk.frame())
-            out.append((attribution * mask[..., None]).sum(1))
-        return torch.cat(out)
+            mask = selected(self.positions, self.include_bos, own.frame())[..., None]
+            x, found = x.detach(), x.new_empty(len(own), sae.n_features, dtype=torch.float32)
+            kth = sae.kth(x)
+            for block in sae.blocks(mask.numel()):
+                attribution = sae.encode(x, block, kth) * (gradient @ sae.W_dec[block].T)
+                found[:, block] = (attribution * mask).sum(1)
+            return found
+
+        return torch.cat(subject.batching.over("discovery", torch.arange(len(batch)), of))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -123,12 +124,20 @@ def firing(subject: Subject, sae: SAE, sequences: Sequence[Sequence[int]]) -> Te
     left_out = torch.as_tensor([-1, *sorted(special)], device=subject.device)
     fired = torch.zeros(sae.n_features, dtype=torch.float64)
     n_tokens = 0
-    for rows in _batches(sequences, subject.batch_size):
-        x, tokens = subject.residual(sae.site, rows)
+
+    def count(texts: list[Sequence[int]], rows: Tensor) -> tuple[Tensor, int]:
+        x, tokens = subject.residual(sae.site, [texts[row] for row in rows.tolist()])
         counted = x[~torch.isin(tokens, left_out).to(x.device)]
+        own = torch.zeros(sae.n_features, dtype=torch.float64)
         for some in counted.split(max(1, _CODES // sae.n_features)):
-            fired += (sae.encode(some) > 0).sum(0).double().cpu()
-        n_tokens += len(counted)
+            own += (sae.encode(some) > 0).sum(0).double().cpu()
+        return own, len(counted)
+
+    for texts in _batches(sequences, subject.batching.sizes.passes):
+        everyone = torch.arange(len(texts))
+        for own, n_own in subject.batching.over("passes", everyone, partial(count, texts)):
+            fired += own
+            n_tokens += n_own
     if not n_tokens:
         raise FeatureError("the corpus has no token but BOS, EOS and padding")
     return fired / n_tokens

@@ -19,8 +19,6 @@ from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
 
-_CHUNK = 16  # rows per pass: the codes of all features are held for them
-
 
 class TPPEffect(DiscoveryKind):
     """The n features with the largest effect on the probe (SAEBench, METHODS I.3).
@@ -79,12 +77,10 @@ def _mean_of_others(subject: Subject, target: int, neighbors: dict[str, Batch], 
 def mean_codes(subject: Subject, batch: Batch, sae: SAE) -> Tensor:
     """[n_features] mean over texts of each text's mean code, without edits, in units that W_dec
     turns into residual units."""
-    total = torch.zeros(sae.n_features, device=sae.W_enc.device)
-    for chunk in batch.chunks(min(_CHUNK, subject.batch_size)):
-        reader = PooledCodes(sae)
-        subject.outputs(chunk, (reader,))
-        total += reader.total
-    return total / len(batch)
+    reader = PooledCodes(sae)
+    subject.outputs(batch, (reader,), work="discovery")
+    assert isinstance(reader.total, Tensor)
+    return reader.total / len(batch)
 
 
 @dataclass
@@ -103,8 +99,12 @@ class PooledCodes:
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         h = x.float()
-        codes = self.sae.encode(h) * self.sae.inputs.magnify(h)
-        self.total = self.total + pool(codes, frame).sum(0)
+        kth, scale = self.sae.kth(h), self.sae.inputs.magnify(h)
+        pooled = [
+            pool(self.sae.encode(h, block, kth) * scale, frame).sum(0)
+            for block in self.sae.blocks(h.shape[:-1].numel())
+        ]
+        self.total = self.total + torch.cat(pooled)
         return x
 
     def check_fired(self, site: Site, n_fired: int) -> None:

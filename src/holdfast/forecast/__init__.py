@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+from holdfast.batching import MOST, WORK, Sizes
 from holdfast.canonical import digest
 from holdfast.executor import check_device
 from holdfast.forecast.device import Device, Range, gpu, probe
@@ -86,16 +87,21 @@ class Forecast:
     def peak(self) -> float:
         """Bytes at the scene's batch size."""
         rows = max(self.scene.prompts.n.values())
-        return self.memory.peak(rows, self.lanes, self.scene.batch_size)
+        return self.memory.peak(rows, self.lanes, self.scene.sizes)
 
     @property
-    def batch_that_fits(self) -> int:
-        """The largest batch size that fits into the device's memory, 0 where none does."""
-        return self.memory.batch_size(self.device.memory, self.device.count)
+    def sizes_that_fit(self) -> Sizes:
+        """The largest sizes that fit into the device's memory, 0 where not one row does."""
+        return self.memory.fit(self.device.memory, self.device.count)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a row of every kind of work does."""
+        return min(self.sizes_that_fit.of(work) for work in WORK) > 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON: what goes into a record's run part."""
-        prompts = self.scene.prompts
+        prompts, fit = self.scene.prompts, self.sizes_that_fit
         return {
             "device": self.device.name,
             "source": self.device.source,
@@ -107,9 +113,9 @@ class Forecast:
             "flops_if_not_found": self.not_found.all_flops,
             "seconds_if_found": list(self.if_found),
             "seconds_if_not_found": list(self.if_not_found),
-            "batch_size": self.scene.batch_size,
+            "rows_at_once": {work: self.scene.sizes.of(work) for work in WORK},
             "memory_bytes": self.peak,
-            "batch_size_that_fits": self.batch_that_fits,
+            "rows_that_fit": {work: fit.of(work) for work in WORK},
         }
 
 
@@ -127,7 +133,8 @@ def scene_of(
     prompt_tokens: int | None = None,
     sae_width: int | None = None,
 ) -> Scene:
-    """Everything known of a trial. prompt_tokens: of its longest prompt, instead of its own.
+    """Everything known of a trial. batch_size: 0 for as many rows as are worth it; prompt_tokens:
+    of its longest prompt, instead of its own.
 
     Raises SubjectError or SAEError where a shape is not known.
     """
@@ -143,7 +150,8 @@ def scene_of(
     shapes = shapes_of(spec, sae_width)
     return Scene(
         trial, architecture_of(folder), spec.dtype, spec.quantization,
-        spec.attention_used() == "eager", shapes, prompts, batch_size,
+        spec.attention_used() == "eager", shapes, prompts,
+        Sizes.every(batch_size) if batch_size else MOST,
     )  # fmt: skip
 
 
@@ -156,12 +164,13 @@ def forecast_study(
 ) -> list[Forecast]:
     """Every trial of a study, in the order in which they run, one after the other.
 
-    device: where the trial of a scene would run. batch_size: what is asked for; where less fits, a
-    trial is forecast with what does.
+    device: where the trial of a scene would run. batch_size: what is asked for, 0 for what a run
+    would begin with: the most that fits for all of its trials. Where less than was asked for fits,
+    a trial is forecast with what does.
     """
     planned = sketch(study, outlined)
     known: dict[str, Scene] = {}
-    made = []
+    asked = []
     for trial in planned.trials:
         unprepared = []
         for identity in (trial.subject, trial.twin):
@@ -170,12 +179,16 @@ def forecast_study(
                 known[key] = scene_of(trial, spec, batch_size, prompt_tokens, sae_width)
                 unprepared.append(known[key])
         scene = replace(known[setting_key(trial, trial.subject)], trial=trial)
-        as_asked = forecast(scene, device(scene), unprepared)
-        fits = as_asked.batch_that_fits
-        if 0 < fits < batch_size:
-            smaller = [replace(each, batch_size=fits) for each in (scene, *unprepared)]
-            as_asked = forecast(smaller[0], as_asked.device, smaller[1:])
-        made.append(replace(as_asked, point=planned.points[trial.id]))
+        one = forecast(scene, device(scene), unprepared)
+        asked.append((replace(one, point=planned.points[trial.id]), unprepared))
+    together = MOST.at_most(*(one.sizes_that_fit for one, _ in asked if one.fits))
+    made = []
+    for one, unprepared in asked:
+        sizes = one.scene.sizes.at_most(one.sizes_that_fit if batch_size else together)
+        if one.fits and sizes != one.scene.sizes:
+            smaller = [replace(each, sizes=sizes) for each in (one.scene, *unprepared)]
+            one = replace(forecast(smaller[0], one.device, smaller[1:]), point=one.point)
+        made.append(one)
     return made
 
 

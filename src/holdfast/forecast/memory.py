@@ -1,4 +1,4 @@
-"""What a trial holds in the device's memory, in bytes, and the batch that fits.
+"""What a trial holds in the device's memory, in bytes, and the batches that fit.
 
 Weights, caches and recorded residuals are counted; what a block keeps for the backward pass is
 modeled (`kept`), and measured peaks of a step lie within a factor of 2 of it (`tests`).
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from holdfast.batching import MOST, WORK, Sizes, Work
 from holdfast.forecast.architecture import Block
 from holdfast.forecast.scene import Scene
-from holdfast.forecast.stages import ATTRIBUTION_ROWS
+from holdfast.saes.sae import ENTRIES
 
 FREE = 0.9
 """Share of a device's memory that can be planned with; the rest is its runtime's, and waste."""
@@ -19,7 +20,7 @@ NORMS = 4
 """Residuals in float32 that a block's norms make."""
 
 CODES = 4
-"""Tensors [rows tokens features] that attribution holds at once."""
+"""Tensors [rows tokens features] that attribution holds at once, of a block of features."""
 
 LIVE_COPIES = 3
 """Residuals that are captured while a replay is recorded."""
@@ -30,10 +31,10 @@ class Memory:
     """Bytes, by what they hold.
 
     weights; saes: slices, and the whole of one where it is needed all the time; whole: what is held
-    of a whole SAE while features are found, drawn or compared, with its scores, and code: of one of
-    its rows beside that; replay: what is recorded of all rows; recording: the peak while it is
-    recorded; row: one row of a full pass; lane: one lane of a search's step. The last four but row
-    are 0 where nothing is searched.
+    of a whole SAE while features are found, drawn or compared, with its scores, and code: of one
+    row beside that; replay: what is recorded of all rows; recording: the peak while it is
+    recorded; row: one row of a full pass; answer: one row of a generation, with its keys and
+    values; lane: one lane of a search's step. 0 is what a trial has none of.
     """
 
     weights: float
@@ -43,38 +44,48 @@ class Memory:
     replay: float
     recording: float
     row: float
+    answer: float
     lane: float
 
-    def discovery(self, batch_size: int) -> float:
-        """What discovery holds beside the weights."""
-        return self.whole + self.code * min(ATTRIBUTION_ROWS, batch_size)
+    @property
+    def per_row(self) -> dict[Work, float]:
+        """Bytes of a row, by kind of work."""
+        return {
+            "passes": self.row, "generation": self.answer, "steps": self.lane,
+            "discovery": self.code,
+        }  # fmt: skip
 
-    def peak(self, rows: int, lanes: int, batch_size: int) -> float:
+    def discovery(self, sizes: Sizes) -> float:
+        """What discovery holds beside the weights."""
+        return self.whole + self.code * sizes.discovery
+
+    def peak(self, rows: int, lanes: int, sizes: Sizes) -> float:
         """The most that is held at once."""
         held = self.weights + self.saes
         return held + max(
-            self.discovery(batch_size),
-            self.row * min(rows, batch_size),
+            self.discovery(sizes),
+            self.row * min(rows, sizes.passes),
+            self.answer * min(rows, sizes.generation),
             self.recording,
-            self.replay + self.lane * min(lanes, batch_size),
+            self.replay + self.lane * min(lanes, sizes.steps),
         )
 
-    def batch_size(self, memory: float, n_devices: int) -> int:
-        """The largest batch that fits in `memory` bytes of so many devices together; 0 where not
-        even one row does. A whole SAE is on one of them, beside its share of the model."""
-        held = self.weights + self.saes
-        free = FREE * memory - held
-        if free < self.recording:
-            return 0
-        most = free / self.row
-        if self.lane:
-            most = min(most, (free - self.replay) / self.lane)
-        beside = (FREE * memory - held) / n_devices - self.whole
-        if beside < self.code * ATTRIBUTION_ROWS:
-            most = min(most, beside / self.code)
-        elif beside < 0:
-            return 0
-        return max(0, int(most))
+    def fit(self, memory: float, n_devices: int = 1) -> Sizes:
+        """The largest sizes that fit in `memory` bytes of so many devices together; 0 of everything
+        where not even one row can be recorded."""
+        free = FREE * memory - self.weights - self.saes
+        return Sizes.every(0) if free < self.recording else self.beside(free, n_devices)
+
+    def beside(self, free: float, n_devices: int = 1) -> Sizes:
+        """The largest sizes that fit into so many bytes beside weights and slices, none above what
+        is worth it. A whole SAE is on one of the devices, beside its share of the model."""
+        held = dict.fromkeys(WORK, 0.0) | {"steps": self.replay, "discovery": self.whole}
+        room = dict.fromkeys(WORK, free) | {"discovery": free / n_devices}
+        sizes = {}
+        for work, row in self.per_row.items():
+            fits = (room[work] - held[work]) / row if row else MOST.of(work)
+            sizes[work] = max(0, min(MOST.of(work), int(fits)))
+        return Sizes(**sizes)
 
 
 def memory_of(scene: Scene) -> Memory:
@@ -83,14 +94,17 @@ def memory_of(scene: Scene) -> Memory:
     widest = max(model.blocks, key=lambda block: block.outputs)
     everything = sum(2 * block.keys * longest * size for block in model.blocks)
     logits = scene.trial.behavior.n_read * model.vocabulary * _logit(scene)
-    row = kept(scene, widest, longest, longest) + everything + logits
+    row = kept(scene, widest, longest, longest) + logits
+    answer = row + everything if scene.trial.behavior.answer_tokens else 0.0
     searched = _search(scene, widest) if scene.trial.searches else (0.0, 0.0, 0.0)
     sliced = sum(8 * d * k for k in scene.features.values())
-    run = sum(8 * d * n for n in scene.whole.values())
+    # Of a TopK only the encoder is needed.
+    run = sum((8 if scene.trial.intervention.runs_whole else 4) * d * n
+              for n in scene.whole.values())  # fmt: skip
     weights = model.in_blocks * scene.weight_bytes + (model.parameters - model.in_blocks) * size
     whole, code = _discovery(scene)
     replay, recording, lane = searched
-    return Memory(weights, sliced + run, whole, code, replay, recording, row, lane)
+    return Memory(weights, sliced + run, whole, code, replay, recording, row, answer, lane)
 
 
 def _logit(scene: Scene) -> int:
@@ -140,9 +154,9 @@ def kept(scene: Scene, block: Block, columns: int, keys: int) -> float:
 
 
 def _discovery(scene: Scene) -> tuple[float, float]:
-    """A whole SAE with a score of every feature and prompt; and, of one row, the codes of its
-    tokens or the graph of its pass. What draws or compares features, or counts on corpora, holds
-    the SAE alone."""
+    """A whole SAE with a score of every feature and prompt, and a block of codes; and, of one row,
+    the graph of its pass. What draws or compares features, or counts on corpora, holds the SAE
+    alone."""
     width, d, blocks = scene.prompts.width, scene.model.d_model, scene.model.blocks
     whole = code = 0.0
     counts = bool(scene.trial.discovery.corpora[0])
@@ -153,6 +167,7 @@ def _discovery(scene: Scene) -> tuple[float, float]:
     for site, shape in scene.saes.items():
         n = shape.n_features
         graph = sum(kept(scene, b, width, width) for b in blocks[site.depth :])
-        whole = max(whole, 8 * d * n + 2 * 4 * n * scene.prompts.n["fit"])
-        code = max(code, CODES * 4 * n * width, graph)
+        codes = CODES * 4 * min(n * width * MOST.discovery, ENTRIES)
+        whole = max(whole, 8 * d * n + 2 * 4 * n * scene.prompts.n["fit"] + codes)
+        code = max(code, graph)
     return whole, code

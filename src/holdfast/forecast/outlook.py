@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from holdfast.batching import MOST
 from holdfast.errors import HoldfastError
 from holdfast.executor import Done, Runtime, threads_for
 from holdfast.forecast import forecast
 from holdfast.forecast.architecture import Architecture
 from holdfast.forecast.device import Device, probe
+from holdfast.forecast.memory import Memory, memory_of
 from holdfast.forecast.prompts import Prompts
 from holdfast.forecast.scene import Scene
 from holdfast.saes.sources import Shape
@@ -53,9 +56,18 @@ class Outlook:
             scene = self._scene(trial, trial.subject)
             unprepared = [self._scene(trial, identity) for identity in done.unprepared]
             device = self._devices[scene.dtype, scene.model.d_model]
-            return forecast(scene, device, unprepared).as_dict()
+            own = [replace(each, sizes=done.begun_with) for each in (scene, *unprepared)]
+            return forecast(own[0], device, own[1:]).as_dict()
         except HoldfastError as error:
             return {"reason": str(error)}
+
+    def memories(self, trials: Sequence[Trial]) -> list[Memory]:
+        """What the trials hold, of those that can be forecast."""
+        found = []
+        for trial in trials:
+            with suppress(HoldfastError):  # the forecast of its record says why
+                found.append(memory_of(self._scene(trial, trial.subject)))
+        return found
 
     def _scene(self, trial: Trial, identity: SubjectIdentity) -> Scene:
         scene = self._scenes[setting_key(trial, identity)]
@@ -80,7 +92,7 @@ class Outlook:
                 prompts=Prompts.counted(
                     subject.tokenizer, trial.behavior, trial.data, trial.seed, subject.prepend_bos
                 ),
-                batch_size=self.runtime.batch_size,
+                sizes=MOST,
             )
         except HoldfastError as error:
             self._scenes[key] = error

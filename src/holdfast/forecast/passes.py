@@ -17,12 +17,14 @@ from holdfast.forecast.work import Work, total
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes of one model. weight_bytes: of one weight of a block; cache_bytes: of one key."""
+    """Passes of one model. weight_bytes: of one weight of a block; cache_bytes: of one key;
+    batch_size: rows of a pass, answered: of a generation, as many as of a pass if left out."""
 
     model: Architecture
     weight_bytes: float
     cache_bytes: int
     batch_size: int
+    answered: int | None = None
 
     def full(self, rows: int, tokens: int, n_read: int = 1, back_to: int | None = None) -> Work:
         """Forward over whole prompts; back_to: the depth that gradients go back to."""
@@ -53,7 +55,7 @@ class Passes:
             )
         later += Work(flops=2 * (new - 1) * self.model.unembedding)
         launched = self._launched(self.model.n_blocks) * (new - 1)
-        n_batches = math.ceil(rows / self.batch_size)
+        n_batches = math.ceil(rows / (self.answered or self.batch_size))
         return self.full(rows, tokens) + later * rows + launched * n_batches
 
     def replay(

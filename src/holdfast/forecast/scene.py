@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from holdfast.batching import Sizes
 from holdfast.config import nearest
 from holdfast.errors import StudyError
 from holdfast.forecast.architecture import Architecture
@@ -27,7 +28,7 @@ class Scene:
     """A trial, the shapes of its subject, and the prompts it will have.
 
     dtype, quantization: of the weights; eager: whether attention keeps its scores; saes: site → the
-    shape of its SAE.
+    shape of its SAE; sizes: how many rows go at once.
     """
 
     trial: Trial
@@ -37,7 +38,7 @@ class Scene:
     eager: bool
     saes: Mapping[Site, Shape]
     prompts: Prompts
-    batch_size: int
+    sizes: Sizes
 
     @property
     def size(self) -> int:
@@ -51,7 +52,10 @@ class Scene:
 
     @cached_property
     def passes(self) -> Passes:
-        return Passes(self.model, self.weight_bytes, self.size, self.batch_size)
+        return Passes(
+            self.model, self.weight_bytes, self.size, max(1, self.sizes.passes),
+            max(1, self.sizes.generation),
+        )  # fmt: skip
 
     @cached_property
     def features(self) -> Mapping[Site, int]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from holdfast.batching import spelled
 from holdfast.canonical import digest
 from holdfast.forecast import Forecast
 from holdfast.forecast.device import Range
@@ -18,7 +19,8 @@ HEADINGS = (
     "audit", "constraint", "trials", "operations", "batch size", "memory", "if all is found",
     "if nothing is found",
 )  # fmt: skip
-"""`batch size` is the one asked for, or the most that fits; `memory` the peak at that."""
+"""`batch size` is the one asked for, or the most that fits of the kind of work of which the fewest
+do; `memory` the peak at that."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Row:
                 sum(trial.not_found.all_flops for trial in self.trials),
             )
         )
-        fits = all(trial.batch_that_fits for trial in self.trials)
-        used = min(trial.scene.batch_size for trial in self.trials)
+        fits = all(trial.fits for trial in self.trials)
+        used = min(trial.scene.sizes.smallest for trial in self.trials)
         return (
             self.audit,
             self.label,
@@ -122,12 +124,12 @@ def _subject_of(forecast: Forecast) -> str:
 def _memory_of(forecast: Forecast) -> str:
     """What it holds."""
     held = forecast.memory
-    found = held.discovery(forecast.scene.batch_size)
+    found = held.discovery(forecast.scene.sizes)
     return (
         f"Memory: weights {amount(held.weights, 'B')}, discovery {amount(found, 'B')} beside "
         f"them, recording {amount(held.recording, 'B')}, "
         f"{amount(held.row, 'B')} for a row of a full pass and {amount(held.lane, 'B')} for a "
-        f"lane of the search."
+        f"lane of the search. Rows at once: {spelled(forecast.scene.sizes)}."
     )
 
 

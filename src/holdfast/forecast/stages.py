@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from holdfast.forecast.comparing import comparing
 from holdfast.forecast.scene import Scene
@@ -17,9 +18,6 @@ the batch's last lane decides how many steps there are. On the organism it is 0.
 OUTSIDE = 3
 """What a step does outside of blocks (margin, projections, bookkeeping of lanes), in calls of a
 block; it counts only where operations are too small to fill a device."""
-
-ATTRIBUTION_ROWS = 16
-"""Rows of one backward pass of attribution."""
 
 STARTS = 9
 """Lanes of a row in a harder search: three learning rates from three random points."""
@@ -165,7 +163,7 @@ def forwards(scene: Scene, lanes: float) -> Work:
 
 
 def _steps(scene: Scene, steps: int, lanes: float, at_least: bool = False) -> Work:
-    n_batches = -(-int(lanes / (LIVE if at_least else 1)) // scene.batch_size)
+    n_batches = -(-int(lanes / (LIVE if at_least else 1)) // max(1, scene.sizes.steps))
     first, last = scene.sites[0].depth, scene.last_held.depth
     again = scene.passes.launches(first, last, back=False) + Work(calls=OUTSIDE)
     launches = scene.passes.launches(first, _read_depth(scene)) + Work(calls=OUTSIDE)
@@ -217,7 +215,7 @@ def _corpora(scene: Scene) -> Work:
     for site, sae in scene.saes.items() if rows else ():
         run = scene.passes.replay(rows, 0, tokens, tokens, last=site.depth)
         codes = Work(flops32=2 * scene.model.d_model * sae.n_features * rows * tokens)
-        n_batches = -(-rows // scene.batch_size)
+        n_batches = -(-rows // scene.sizes.passes)
         works.append(run + codes + scene.passes.launches(0, site.depth, back=False) * n_batches)
     return total(works)
 
@@ -227,8 +225,7 @@ def _attribution(scene: Scene, depth: int, n_features: int) -> Work:
     fire for the neighbors."""
     rows, beside = scene.prompts.n["fit"], scene.prompts.neighbors["fit"]
     width, d = scene.prompts.width, scene.model.d_model
-    small = min(ATTRIBUTION_ROWS, scene.batch_size)
-    own = type(scene.passes)(scene.model, scene.weight_bytes, scene.size, small)
+    own = replace(scene.passes, batch_size=max(1, scene.sizes.discovery))
     through = own.full(rows, width, back_to=depth) + scene.passes.full(beside, width)
     matrix = 2 * d * n_features * width
     return through + Work(flops32=matrix * (2 * rows + beside))

@@ -157,10 +157,13 @@ def perturbed_columns(replay: Replay) -> Tensor:
 def _references(problem: Problem, replay: Replay) -> tuple[tuple[Tensor, Tensor], ...]:
     """`suffix_states` of the monitored sites without a perturbation, by which Φ(0) = 0 exactly."""
     n, q, d = problem.shape
-    parts = []
-    for rows in torch.arange(n, device=replay.base.device).split(replay.subject.batch_size):
+
+    def states(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         zero = torch.zeros(len(rows), q, d, device=replay.base.device)
-        parts.append(suffix_states(replay.rows(rows), zero, problem.moved))
+        return suffix_states(replay.rows(rows), zero, problem.moved)
+
+    every = torch.arange(n, device=replay.base.device)
+    parts = replay.subject.batching.over("steps", every, states)
     return tuple(
         (torch.cat([x for x, _ in own]), torch.cat([y for _, y in own]))
         for own in zip(*parts, strict=True)

@@ -127,19 +127,30 @@ def prepared(features: FeatureMap) -> tuple[Preconditioner, Tensor]:
     few = bool((constraints <= FEW).all())
     unsure = (constraints >= unknowns) | few
     if not unsure.any():
-        return Positions.of(features), free
+        return _positions(features), free
     used = features.monitored.flatten(1).any(0).nonzero().flatten()
     size = max(1, LARGEST // (len(used) * features.shape[1] * features.shape[2]))
-    grams = []
-    for rows in unsure.nonzero().flatten().split(min(size, features.replay.subject.batch_size)):
+
+    def rank_and_gram(rows: Tensor) -> tuple[Tensor, Tensor | None]:
         part = features.rows(rows)
         J = Linearized(part, torch.zeros(part.shape, device=rows.device)).matrix(used).double()
         squares = torch.linalg.eigvalsh(J @ J.mT if len(used) <= J.shape[2] else J.mT @ J)
         rank = (squares > RANK_TOLERANCE**2 * squares[:, -1:]).sum(1)
-        free[rows] = unknowns[rows] - rank
-        if few:
-            grams.append(J @ J.mT)
+        return rank, J @ J.mT if few else None
+
+    rows = unsure.nonzero().flatten()
+    parts = features.replay.subject.batching.over("steps", rows, rank_and_gram, most=size)
+    free[rows] = unknowns[rows] - torch.cat([rank for rank, _ in parts])
     if not few:
-        return Positions.of(features), free
-    monitored = features.monitored.flatten(1)[:, used]
-    return Factored.of(torch.cat(grams), used, monitored), free
+        return _positions(features), free
+    grams = torch.cat([gram for _, gram in parts if gram is not None])
+    return Factored.of(grams, used, features.monitored.flatten(1)[:, used]), free
+
+
+def _positions(features: FeatureMap) -> Positions:
+    """As many rows at once as fit."""
+    rows = torch.arange(len(features), device=features.weight.device)
+    parts = features.replay.subject.batching.over(
+        "steps", rows, lambda own: Positions.of(features.rows(own)).factor
+    )
+    return Positions(torch.cat(parts))

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from holdfast.chat import render
 from holdfast.errors import StudyError
 from holdfast.judges import JudgeError, Opinion
-from holdfast.judges.pretrained import PretrainedJudge, check_finite, in_batches
+from holdfast.judges.pretrained import PretrainedJudge
 from holdfast.reply import Reply
 
 if TYPE_CHECKING:
@@ -47,18 +48,15 @@ class CausalLM(PretrainedJudge):
             self.check_room(reply, len(row) + 1, model)
         tokens = self._tokens(tokenizer)
         meant = list(self.opinions_of.values())
-        found: dict[int, Opinion] = {}
-        with torch.no_grad():
-            for batch in in_batches(rows):
-                ids = torch.tensor([rows[i] for i in batch], device=model.device)
-                logits = model(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1
-                ).logits[:, -1]
-                scores = torch.stack([logits[:, spelled].amax(-1) for spelled in tokens], -1)
-                check_finite(self.label, scores, [replies[i] for i in batch])
-                chosen = scores.argmax(-1).tolist()
-                found |= {i: meant[c] for i, c in zip(batch, chosen, strict=True)}
-        return [found[i] for i in range(len(rows))]
+
+        def scores(ids: Tensor) -> Tensor:
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1
+            ).logits[:, -1]
+            return torch.stack([logits[:, spelled].amax(-1) for spelled in tokens], -1)
+
+        chosen = self.chosen(replies, rows, scores, model)
+        return [meant[c] for c in chosen]
 
     def _question(self, tokenizer: PreTrainedTokenizerBase, reply: Reply) -> str:
         text = self.asked(reply)

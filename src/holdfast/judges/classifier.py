@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from holdfast.config import nearest
 from holdfast.judges import JudgeError, Opinion
-from holdfast.judges.pretrained import PretrainedJudge, check_finite, in_batches
+from holdfast.judges.pretrained import PretrainedJudge
 from holdfast.reply import Reply
 
 
@@ -32,15 +33,12 @@ class Classifier(PretrainedJudge):
             self.check_room(reply, len(row), model)
         # Decoders classify at the last token that is no padding and refuse to guess which it is.
         size = {} if model.config.get_text_config().pad_token_id is not None else {"size": 1}
-        found: dict[int, Opinion] = {}
-        with torch.no_grad():
-            for batch in in_batches(rows, **size):
-                ids = torch.tensor([rows[i] for i in batch], device=model.device)
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-                check_finite(self.label, logits, [replies[i] for i in batch])
-                chosen = logits.argmax(-1).tolist()
-                found |= {i: meant[c] for i, c in zip(batch, chosen, strict=True)}
-        return [found[i] for i in range(len(rows))]
+
+        def scores(ids: Tensor) -> Tensor:
+            logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            return logits
+
+        return [meant[c] for c in self.chosen(replies, rows, scores, model, **size)]
 
     def _meant(self, classes: dict[int, str]) -> dict[int, Opinion]:
         for name in self.opinions_of:

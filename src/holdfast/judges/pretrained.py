@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -19,6 +19,7 @@ from pydantic import (
 )
 from safetensors import SafetensorError
 
+from holdfast.batching import Batching
 from holdfast.canonical import sha256_tree
 from holdfast.judges import JudgeError, JudgeKind
 from holdfast.organism.assets import resolve
@@ -145,6 +146,29 @@ class PretrainedJudge(JudgeKind):
                 f"{self.label}: reply {reply.id} makes {n_tokens} tokens, the judge reads at most "
                 f"{room}; set max_characters to judge the beginnings of replies"
             )
+
+    def chosen(
+        self,
+        replies: Sequence[Reply],
+        rows: Sequence[list[int]],
+        scores: Callable[[Tensor], Tensor],
+        model: PreTrainedModel,
+        size: int = BATCH,
+    ) -> list[int]:
+        """The class with the largest score, of every reply: scores [b classes] of tokens [b s]."""
+        batching, found = Batching(), dict[int, int]()
+
+        def read(part: Tensor) -> dict[int, int]:
+            own = part.tolist()
+            told = scores(torch.tensor([rows[i] for i in own], device=model.device))
+            check_finite(self.label, told, [replies[i] for i in own])
+            return dict(zip(own, told.argmax(-1).tolist(), strict=True))
+
+        with torch.no_grad():
+            for same in in_batches(rows, size):
+                for part in batching.over("passes", torch.tensor(same), read):
+                    found |= part
+        return [found[i] for i in range(len(rows))]
 
 
 def check_finite(label: str, scores: Tensor, replies: Sequence[Reply]) -> None:

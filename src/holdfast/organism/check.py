@@ -226,5 +226,5 @@ def _only(subject: Subject, site: Site) -> Subject:
     """The subject with the SAE of one site."""
     return Subject.of(
         subject.name, subject.model, subject.tokenizer, {site: subject.sae(site).full()},
-        subject.batch_size,
+        subject.batching,
     )  # fmt: skip

@@ -29,7 +29,7 @@ def section(data: ReportData) -> Section:
         "commands": _different(run["command"] for run in runs if run["command"]),
         "devices": _different(f"{run['device']}, {run['platform']}" for run in runs),
         "threads": _different(run["threads"] for run in runs),
-        "batch_sizes": _different(run["batch_plan"]["batch_size"] for run in runs),
+        "batch_sizes": _different(_rows_at_once(run["batch_plan"]) for run in runs),
         "versions": _different(
             ", ".join(f"{name} {v}" for name, v in run["versions"].items()) for run in runs
         ),
@@ -53,6 +53,13 @@ def section(data: ReportData) -> Section:
         "study_json": json.dumps(data.study_fields, indent=1, ensure_ascii=False),
     }
     return Section("provenance", "Provenance", context)
+
+
+def _rows_at_once(plan: dict[str, Any]) -> str:
+    """As asked for or found from memory, and what it came to where that differs."""
+    work = plan.get("work", {})  # records of earlier versions have none
+    found = [f"{name} {own['rows']}" for name, own in work.items()]
+    return f"{plan['batch_size']}" + (f" ({', '.join(found)})" if found else "")
 
 
 def _foreseen(run: dict[str, Any], case: str) -> str:

@@ -15,6 +15,7 @@ from holdfast.batch import Frame
 from holdfast.errors import FeatureError
 from holdfast.features import EVERY_GROUP, FeatureSet
 from holdfast.saes.inputs import Inputs
+from holdfast.saes.rivals import Rivals
 from holdfast.saes.sae import SAE, Guarantee, activate, guarantee_of
 from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
@@ -27,7 +28,7 @@ class FeatureBank:
     W_enc [g d k], W_dec [g k d], b_enc [g k] (`b_dec` and affine input steps are folded in),
     threshold [g k] (+inf for padding, whose columns and rows are zero), gain, offset [g k],
     valid [g k]; ids: the features of each group. norm: per-token input steps, if any; rivals: the
-    whole SAE where a limit depends on all of its features (TopK).
+    encoder of all features where a limit depends on them (TopK).
     """
 
     site: Site
@@ -41,7 +42,7 @@ class FeatureBank:
     offset: Tensor
     valid: Tensor
     norm: Inputs | None = None
-    rivals: SAE | None = None
+    rivals: Rivals | None = None
 
     @classmethod
     def of(cls, sae: SAE | StoredSAE, features: FeatureSet) -> FeatureBank:
@@ -64,7 +65,7 @@ class FeatureBank:
             offset=torch.zeros(g, k, device=device),
             valid=torch.zeros(g, k, dtype=torch.bool, device=device),
             norm=None if sae.inputs.affine else sae.inputs,
-            rivals=None if sae.k is None else sae.full(),
+            rivals=_rivals_of(sae),
         )
         for row, own in enumerate(slices):
             n = len(own.ids)
@@ -128,7 +129,7 @@ class FeatureBank:
     def limits(self, x: Tensor, frame: Frame) -> Tensor:
         """What p must exceed to fire, broadcastable to [b s k]; +inf for padding."""
         limits = self.rows(self.threshold, frame)
-        if self.rivals is not None and self.rivals.k is not None:
+        if self.rivals is not None:
             # Padding keeps its +inf.
             limits = torch.maximum(limits, self.rivals.limit(x).to(limits.dtype))
         return limits
@@ -140,3 +141,9 @@ class FeatureBank:
         else:
             change = torch.bmm(z, self.W_dec[self.slices(frame)].to(z.dtype))
         return change if self.norm is None else change * self.norm.magnify(x.to(z.dtype))
+
+
+def _rivals_of(sae: SAE | StoredSAE) -> Rivals | None:
+    if sae.k is None:
+        return None
+    return sae.rivals() if isinstance(sae, StoredSAE) else Rivals.of(sae)

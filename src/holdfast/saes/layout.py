@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast.errors import SAEError
 from holdfast.saes.inputs import Inputs
 from holdfast.saes.sae import Facts, Weights
-from holdfast.saes.tensors import Stored, read_tensors
+from holdfast.saes.tensors import Stored, read_tensors, whole
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,17 @@ class Layout:
     def read(self, ids: Sequence[int] | None = None) -> Weights:
         """The SAE's tensors in float32, of some features or of all.
 
-        Only what is asked for is kept in memory. Raises SAEError for a threshold never set.
+        Only what is asked for is kept in memory, and a block of the file beside it. Raises
+        SAEError for a threshold never set.
         """
         index = slice(None) if ids is None else torch.as_tensor(list(ids), dtype=torch.long)
 
         def matrix(name: str, axis: int, wanted: int) -> Tensor:
             """Features along `axis` in the file, along `wanted` in what is returned."""
             stored = self.tensors[name]
-            tensor = stored.read() if ids is None else stored.take(ids, axis)
+            if ids is None:
+                return whole(stored, turned=axis != wanted)
+            tensor = stored.take(ids, axis)
             return (tensor if axis == wanted else tensor.T).float().contiguous()
 
         def vector(name: str) -> Tensor:
@@ -141,10 +144,12 @@ class Layout:
         if self.threshold_times_scale:
             threshold = threshold * self.inputs.scale
         if self.feature_scale is not None:
-            W_dec = W_dec * vector(self.feature_scale)[:, None]
+            W_dec *= vector(self.feature_scale)[:, None]
         if self.rescale:
             length = _length(W_dec)
-            W_enc, b_enc, W_dec = W_enc * length, b_enc * length, W_dec / length[:, None]
+            b_enc = b_enc * length
+            W_enc *= length  # in place: they are this call's own, and large
+            W_dec /= length[:, None]
             offset = None if offset is None else offset * length
         b_dec = torch.zeros(len(W_enc))
         if self.b_dec is not None:

@@ -12,7 +12,8 @@ and offset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -23,8 +24,8 @@ from holdfast.errors import FeatureError, SAEError
 from holdfast.saes.inputs import Inputs
 from holdfast.sites import Site
 
-CHUNK = 8192
-"""How many features of a TopK are looked at together where only their k-th largest matters."""
+ENTRIES = 2**24
+"""Codes held at a time: 64 MB in float32."""
 
 Guarantee = Literal["exact", "margin", "none"]
 """What an unchanged `p_S` says of the codes z_S, where p is read as an affine function of x.
@@ -127,7 +128,7 @@ class SAE:
                     f"SAE {self.name or self.site}: {name} is {getattr(self, name).dtype}; SAE "
                     "weights are kept in float32, since lower precision moves thresholds"
                 )
-            if not torch.isfinite(getattr(self, name)).all():
+            if not is_finite(getattr(self, name)):
                 raise SAEError(f"SAE {self.name or self.site}: {name} has NaN or infinite values")
         if (self.threshold < 0).any():
             raise SAEError(
@@ -170,43 +171,52 @@ class SAE:
         )  # fmt: skip
         return fold(tuple(ids), own, self.inputs, self.subtract_b_dec)
 
-    def preactivations(self, x: Tensor, features: Sequence[int] | slice | None = None) -> Tensor:
+    def preactivations(self, x: Tensor, features: Sequence[int] | slice = slice(None)) -> Tensor:
         """p [... n] of residuals x [... d_model], only the columns asked for."""
-        W, b = self.W_enc, self.b_enc
+        own: slice | Tensor
         if isinstance(features, slice):
-            W, b = W[:, features], b[features]
-        elif features is not None:
-            index = torch.as_tensor(list(features), dtype=torch.long, device=W.device)
-            W, b = W[:, index], b[index]
-        x = self.inputs.enter(x if x.dtype == torch.float64 else x.float())
-        x = x - self.b_dec if self.subtract_b_dec else x
-        return x @ W.to(x.dtype) + b
+            own = features  # a view, and no copy
+        else:
+            own = torch.as_tensor(list(features), dtype=torch.long, device=self.W_enc.device)
+        x = self._entered(x)
+        return x @ self.W_enc[:, own].to(x.dtype) + self.b_enc[own]
 
-    def encode(self, x: Tensor, features: Sequence[int] | None = None) -> Tensor:
-        """z [... n], the codes of the features asked for."""
+    def _entered(self, x: Tensor) -> Tensor:
+        x = self.inputs.enter(x if x.dtype == torch.float64 else x.float())
+        return x - self.b_dec if self.subtract_b_dec else x
+
+    def kth(self, x: Tensor) -> Tensor | None:
+        """[... 1] what a pre-activation must exceed in a TopK, None elsewhere; a block of features
+        is computed at a time."""
+        if self.k is None:
+            return None
+        return kth_in_blocks(self._entered(x), self.W_enc, self.b_enc, self.k)
+
+    def blocks(self, n_tokens: int) -> Iterator[slice]:
+        """All features in slices of which the codes of so many tokens can be held at a time."""
+        return blocks_of(self.n_features, n_tokens)
+
+    def encode(
+        self,
+        x: Tensor,
+        features: Sequence[int] | slice = slice(None),
+        kth: Tensor | None = None,
+    ) -> Tensor:
+        """z [... n], the codes of the features asked for. kth: what `kth` gives, where it has been
+        computed for these residuals before."""
         p = self.preactivations(x, features)
-        own = slice(None) if features is None else list(features)
+        own = features if isinstance(features, slice) else list(features)
         limit = self.threshold[own].to(p.dtype)
         if self.k is not None:
-            limit = kth_limit(p, self.k) if features is None else self.limit(x).to(p.dtype)
+            if kth is None:
+                everything = p.shape[-1] == self.n_features
+                kth = kth_limit(p, self.k) if everything else self.kth(x)
+            assert kth is not None
+            limit = kth
         magnitude = p
         if self.gain is not None and self.offset is not None:
             magnitude = self.gain[own] * p + self.offset[own]
         return activate(p, limit, magnitude)
-
-    @torch.no_grad()
-    def limit(self, x: Tensor) -> Tensor:
-        """[... 1] `kth_limit` of residuals x [... d_model] under a TopK.
-
-        By CHUNK features at a time: those of a wide SAE at every token would be many times what
-        the model itself holds there.
-        """
-        assert self.k is not None
-        largest: list[Tensor] = []
-        for begin in range(0, self.n_features, CHUNK):
-            p = torch.cat([*largest, self.preactivations(x, slice(begin, begin + CHUNK))], -1)
-            largest = [p.topk(min(self.k + 1, p.shape[-1]), dim=-1).values]
-        return kth_limit(largest[0], self.k)
 
     def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """Reconstruction [... d_model] from codes z [... n_features].
@@ -221,10 +231,26 @@ class SAE:
             return y / self.inputs.scale
         return self.inputs.leave(y, x.float())
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """D(E(x)) [... d_model]. Without a gradient a block of features is computed at a time; a
+        gradient needs the codes of all of them."""
+        if x.requires_grad:
+            return self.decode(self.encode(x), x)
+        kth, y = self.kth(x), torch.zeros((), device=x.device)
+        for own in self.blocks(x.shape[:-1].numel()):
+            y = y + self.encode(x, own, kth) @ self.W_dec[own]
+        return self.inputs.leave(y + self.b_dec, x.float())
+
     def to(self, device: torch.device | str) -> SAE:
         names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "gain", "offset")
         there = {name: getattr(self, name) for name in names}
         return replace(self, **{name: t.to(device) for name, t in there.items() if t is not None})
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; looked at in parts, for a copy of the whole is made."""
+    size = max(1, ENTRIES // max(1, tensor[0].numel())) if tensor.ndim > 1 else ENTRIES
+    return all(bool(torch.isfinite(part).all()) for part in tensor.split(size))
 
 
 def activate(p: Tensor, limit: Tensor, magnitude: Tensor) -> Tensor:
@@ -244,6 +270,24 @@ def kth_limit(p: Tensor, k: int) -> Tensor:
     return top.mean(-1, keepdim=True)
 
 
+def blocks_of(n_features: int, n_tokens: int) -> Iterator[slice]:
+    """Slices of features such that n_tokens times as many numbers are at most `ENTRIES`."""
+    size = max(1, ENTRIES // max(1, n_tokens))
+    return (slice(first, min(first + size, n_features)) for first in range(0, n_features, size))
+
+
+@torch.no_grad()
+def kth_in_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
+    """`kth_limit` of x [... d_model] · W_enc [d_model n_features] + b_enc, which are never all
+    there: the k+1 largest so far are kept, and a block of features is added at a time."""
+    top = x.new_empty(*x.shape[:-1], 0)
+    for own in blocks_of(W_enc.shape[1], x.shape[:-1].numel()):
+        W, b = W_enc[:, own].to(x.device, x.dtype), b_enc[own].to(x.device)
+        both = torch.cat([top, x @ W + b], -1)
+        top = both.topk(min(k + 1, both.shape[-1]), dim=-1).values
+    return kth_limit(top, k)
+
+
 def guarantee_of(inputs: Inputs, k: int | None) -> Guarantee:
     if not inputs.affine:
         return "none"
@@ -258,7 +302,7 @@ def check_ids(ids: Sequence[int], n_features: int, site: Site) -> None:
             f"feature ids {outside[:5]} are out of range: the SAE at {site} has "
             f"{n_features} features (0 to {n_features - 1})"
         )
-    twice = sorted({i for i in ids if list(ids).count(i) > 1})
+    twice = sorted(i for i, n in Counter(ids).items() if n > 1)
     if twice:
         raise FeatureError(f"feature ids {twice[:5]} are given twice at {site}")
 

@@ -16,6 +16,7 @@ from holdfast.canonical import sha256_tree
 from holdfast.errors import SAEError
 from holdfast.saes.inputs import Inputs
 from holdfast.saes.layout import Layout
+from holdfast.saes.rivals import Rivals
 from holdfast.saes.sae import (
     SAE,
     Facts,
@@ -41,6 +42,7 @@ class StoredSAE:
     name: str = ""
     device: torch.device | str = "cpu"
     _whole: list[weakref.ref[SAE]] = field(default_factory=list, repr=False, compare=False)
+    _rivals: list[weakref.ref[Rivals]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def inputs(self) -> Inputs:
@@ -103,6 +105,14 @@ class StoredSAE:
             self._whole[:] = [weakref.ref(held)]
         return held
 
+    def rivals(self) -> Rivals:
+        """The encoder of a TopK, of which the k-th value needs all; kept and freed as the whole."""
+        held = self._rivals[0]() if self._rivals else None
+        if held is None:
+            held = Rivals.of(self.full())
+            self._rivals[:] = [weakref.ref(held)]
+        return held
+
     def _read(self, ids: Sequence[int] | None = None) -> Weights:
         try:
             return self.layout.read(ids)
@@ -110,4 +120,4 @@ class StoredSAE:
             raise SAEError(f"{self.name}: {error}") from None
 
     def to(self, device: torch.device | str) -> StoredSAE:
-        return replace(self, device=device, _whole=[])
+        return replace(self, device=device, _whole=[], _rivals=[])

@@ -9,7 +9,7 @@ import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,10 @@ class Stored(Protocol):
 
     def take(self, ids: Sequence[int], axis: int) -> Tensor:
         """Some rows (axis 0) or columns (axis 1) of a matrix, in the order given."""
+
+    def parts(self) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        """Where each part of a matrix lies in it, and the part; together they are all of it. A part
+        may be overwritten when the next is asked for."""
 
 
 def read_tensors(path: Path) -> Mapping[str, Stored]:
@@ -102,6 +106,18 @@ class InFile:
             if axis == 0 and self.member is None:
                 return self._rows(file, ids)
             return self._blocks(file, ids, axis)
+
+    def parts(self) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        n_rows, n_columns = self.shape[::-1] if self.fortran else self.shape
+        height = max(1, BLOCK // max(1, n_columns * self.dtype.itemsize))
+        buffer = torch.empty(min(height, n_rows), n_columns, dtype=self.dtype)
+        with ExitStack() as stack:
+            file = self._open(stack)
+            for first in range(0, n_rows, height):
+                block = buffer[: min(height, n_rows - first)]
+                self._fill(file, block)
+                rows, columns = slice(first, first + len(block)), slice(0, n_columns)
+                yield ((columns, rows), block.T) if self.fortran else ((rows, columns), block)
 
     def _rows(self, file: BinaryIO, ids: Sequence[int]) -> Tensor:
         out = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
@@ -173,6 +189,19 @@ class Mapped:
 
     def take(self, ids: Sequence[int], axis: int) -> Tensor:
         return self.tensor.index_select(axis, torch.as_tensor(list(ids), dtype=torch.long))
+
+    def parts(self) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        yield (slice(None), slice(None)), self.tensor
+
+
+def whole(stored: Stored, turned: bool = False) -> Tensor:
+    """All of a matrix in float32 and contiguous, turned if asked for, with no more of the file than
+    a block beside it."""
+    out = torch.empty(stored.shape[::-1] if turned else stored.shape)
+    into = out.T if turned else out
+    for where, part in stored.parts():
+        into[where] = part
+    return out
 
 
 def _safetensors(path: Path) -> dict[str, InFile]:

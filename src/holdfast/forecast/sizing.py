@@ -1,0 +1,133 @@
+"""How many rows a run begins with: what is free, divided by what a row is forecast to take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.batching import MOST, WORK, Beginning, Sizes, Work, kept_sizes, spelled
+from holdfast.executor import Runtime
+from holdfast.forecast.memory import FREE, Memory
+from holdfast.forecast.show import amount
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container what it may hold."""
+
+
+def beginning(
+    memories: Sequence[Memory],
+    runtime: Runtime,
+    n_workers: int,
+    kept: Mapping[str, Any] | None = None,
+) -> Beginning:
+    """What a run begins with, its subjects being loaded.
+
+    memories: of its trials, as forecast; n_workers: trials side by side, each with subjects of its
+    own; kept: the plan that earlier trials of the run came to, on this device or another.
+    """
+    device, free = named(runtime.device), free_bytes(runtime.device)
+    per_row: dict[Work, float] = {
+        work: max((memory.per_row[work] for memory in memories), default=0.0) for work in WORK
+    }
+    if runtime.batch_size:
+        asked, why = Sizes.every(runtime.batch_size), "asked for"
+        return Beginning(asked, runtime.batch_size, device, free, per_row, why)
+
+    def share(memory: Memory) -> float:
+        """Bytes for the rows of one of the workers, of which one has its weights already."""
+        own = (FREE * free - (n_workers - 1) * memory.weights) / n_workers
+        return own - memory.saes
+
+    fit = MOST.at_most(*(memory.beside(share(memory), _count(runtime)) for memory in memories))
+    sizes = fit.at_least_one()
+    why = f"the most that fit into {FREE:.0%} of {amount(free, 'B')} that are free"
+    if sizes == MOST:
+        why = f"as many as are worth it: {amount(free, 'B')} are free, enough for them"
+    if not memories:
+        why = "as many as are worth it: what these trials hold is not forecast"
+    note = ""
+    try:
+        found, where = (None, "") if kept is None else (kept_sizes(kept), kept["device"])
+    except (KeyError, TypeError, ValueError):
+        found, where = None, ""
+        note = "the plan in the run's folder cannot be read, so it is made anew"
+    if found is not None and where != device:
+        note = f"the run's folder has sizes for {where}; this is {device}, so they are chosen anew"
+    elif found is not None and sizes.at_most(found) != sizes:
+        sizes = sizes.at_most(found)
+        why = f"no more than what earlier trials of this run came to ({spelled(found)})"
+    return Beginning(sizes, 0, device, free, per_row, why, note)
+
+
+def named(device: str) -> str:
+    """Which memory a device has, so that another one is known for it."""
+    if device == "cpu":
+        return f"cpu, {amount(_machine(), 'B')}"
+    devices = _devices(device)
+    names = {torch.cuda.get_device_name(i) for i in devices}
+    total = sum(torch.cuda.get_device_properties(i).total_memory for i in devices)
+    return f"{len(devices)} x {', '.join(sorted(names))}, {amount(total, 'B')}"
+
+
+def free_bytes(device: str) -> float:
+    """Memory that nobody holds. What torch keeps of a GPU to hand out again counts as free."""
+    if device == "cpu":
+        return _available()
+    free = 0
+    for i in _devices(device):
+        cached = torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i)
+        free += torch.cuda.mem_get_info(i)[0] + cached
+    return float(free)
+
+
+def _devices(device: str) -> list[int]:
+    if device == "auto":
+        return list(range(torch.cuda.device_count()))
+    index = torch.device(device).index
+    return [torch.cuda.current_device() if index is None else index]
+
+
+def _count(runtime: Runtime) -> int:
+    return 1 if runtime.device == "cpu" else max(1, len(_devices(runtime.device)))
+
+
+def _machine() -> float:
+    """Bytes of memory here, or as many as a container may hold."""
+    whole = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = _number(CGROUP / "memory.max")
+    return whole if limit is None else min(whole, limit)
+
+
+def _available() -> float:
+    """Bytes that can be had without swapping: of this machine, and of this container's limit."""
+    free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    said = _table(Path("/proc/meminfo"), ":").get("MemAvailable")
+    free = free if said is None else 1024.0 * said
+    limit, used = _number(CGROUP / "memory.max"), _number(CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        # Files that were read count as used, and are let go of first.
+        cached = _table(CGROUP / "memory.stat", " ").get("inactive_file", 0)
+        free = min(free, max(0.0, limit - used + cached))
+    return free
+
+
+def _number(file: Path) -> float | None:
+    """What a file says if that is a number: `max` stands for no limit."""
+    try:
+        return float(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _table(file: Path, separator: str) -> dict[str, int]:
+    """Name → number, of lines `name separator number …`; nothing where there is no such file."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(separator) for line in lines)
+    return {name: int(rest.split()[0]) for name, _, rest in pairs if rest.split()[:1]}
