@@ -129,8 +129,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("model.layers", "model.norm"),
     "qwen3_moe": Family("model.layers", "model.norm", moe=True),
     "phi3": Family("model.layers", "model.norm"),
-    "gemma2": Family("model.layers", "model.norm", "final_logit_softcapping", ("eager",),
-                     attends="post_attention_layernorm", mlp="post_feedforward_layernorm"),
+    "gemma2": Family("model.layers", "model.norm", "final_logit_softcapping",
+                     ("eager",), attends="post_attention_layernorm",
+                     mlp="post_feedforward_layernorm"),
     "gemma3_text": Family("model.layers", "model.norm", "final_logit_softcapping",
                           attends="post_attention_layernorm", mlp="post_feedforward_layernorm"),
     # The wrapper that also sees images applies no soft-cap to its logits.
