@@ -37,6 +37,9 @@ while what it finds there may change. direct: nothing answers the vector but the
 ADDS = ("attends", "mlp")
 """What of a block adds to the residual, as the families' table names it."""
 
+_ENTRIES = 2**27
+"""Numbers kept at a time: 512 MB in float32."""
+
 IMPLEMENTATION = "holdfast_patterns"
 """The name under which transformers knows `attend`."""
 
@@ -45,7 +48,8 @@ def routes(found: Recovered) -> dict[str, Tensor]:
     """Of `FROZEN` → [n] margin with the vector added and everything else kept, in logits."""
     case, push = found.case, found.perturbation(found.delta)
     subject, made = case.subject, {name: list[Tensor]() for name in FROZEN}
-    for rows in torch.arange(len(found), device=found.delta.device).split(subject.batch_size):
+    size = _rows_at_once(subject, case.batch)
+    for rows in torch.arange(len(found), device=found.delta.device).split(size):
         batch = case.batch.rows(rows)
         kept = _Kept.of(subject, batch, case.edits)
         for name, what in FROZEN.items():
@@ -53,6 +57,14 @@ def routes(found: Recovered) -> dict[str, Tensor]:
                 scores = subject.read(batch, found.edits(push))
             made[name].append(batch.margin(scores).double())
     return {name: torch.cat(pieces) for name, pieces in made.items()}
+
+
+def _rows_at_once(subject: Subject, batch: Batch) -> int:
+    """As many as what is kept of them leaves room for."""
+    width = batch.tokens.shape[1]
+    n_heads = subject.model.config.get_text_config().num_attention_heads
+    one = subject.n_blocks * width * (len(ADDS) * subject.d_model + n_heads * width)
+    return max(1, min(subject.batch_size, _ENTRIES // one))
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,14 @@ def test_only_attention_carries_from_one_token_to_another(subject: Subject) -> N
         assert (made[name] - suppressed).abs().max() > 1e-4
 
 
+def test_few_rows_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = every(family_subject("llama", "sdpa"))
+    whole = routes(found)
+    monkeypatch.setattr("holdfast.routes._ENTRIES", 1)
+    for name, margin in routes(found).items():
+        torch.testing.assert_close(margin, whole[name], atol=1e-5, rtol=1e-5)
+
+
 def test_after_the_last_block_there_is_one_route() -> None:
     site = Site(3)
     subject = tiny_subject(sites=(site,))
