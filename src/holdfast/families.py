@@ -118,16 +118,10 @@ def d_model_of(config: Any) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-NORMED: dict[str, Any] = {
-    "attends": "post_attention_layernorm", "mlp": "post_feedforward_layernorm",
-}  # fmt: skip
-"""Of blocks that norm what attention and MLP give before they add it."""
-
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("transformer.h", "transformer.ln_f", heads="attn.c_proj", attends="attn"),
-    "gpt_neox": Family(
-        "gpt_neox.layers", "gpt_neox.final_layer_norm", heads="attention.dense", attends="attention"
-    ),
+    "gpt_neox": Family("gpt_neox.layers", "gpt_neox.final_layer_norm",
+                       heads="attention.dense", attends="attention"),
     "llama": Family("model.layers", "model.norm"),
     "mistral": Family("model.layers", "model.norm"),
     "mixtral": Family("model.layers", "model.norm", moe=True),
@@ -135,11 +129,15 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("model.layers", "model.norm"),
     "qwen3_moe": Family("model.layers", "model.norm", moe=True),
     "phi3": Family("model.layers", "model.norm"),
-    "gemma2": Family("model.layers", "model.norm", "final_logit_softcapping", ("eager",), **NORMED),
-    "gemma3_text": Family("model.layers", "model.norm", "final_logit_softcapping", **NORMED),
+    "gemma2": Family("model.layers", "model.norm", "final_logit_softcapping",
+                     ("eager",), attends="post_attention_layernorm",
+                     mlp="post_feedforward_layernorm"),
+    "gemma3_text": Family("model.layers", "model.norm", "final_logit_softcapping",
+                          attends="post_attention_layernorm", mlp="post_feedforward_layernorm"),
     # The wrapper that also sees images applies no soft-cap to its logits.
-    "gemma3": Family("model.language_model.layers", "model.language_model.norm", **NORMED),
-}
+    "gemma3": Family("model.language_model.layers", "model.language_model.norm",
+                     attends="post_attention_layernorm", mlp="post_feedforward_layernorm"),
+}  # fmt: skip
 
 
 def family_of(config: Any, model: nn.Module | None = None) -> Family:

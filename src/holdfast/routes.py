@@ -37,6 +37,9 @@ while what it finds there may change. direct: nothing answers the vector but the
 ADDS = ("attends", "mlp")
 """What of a block adds to the residual, as the families' table names it."""
 
+_ENTRIES = 2**27
+"""Numbers kept at a time: 512 MB in float32."""
+
 IMPLEMENTATION = "holdfast_patterns"
 """The name under which transformers knows `attend`."""
 
@@ -56,8 +59,17 @@ def routes(found: Recovered) -> dict[str, Tensor]:
         return made
 
     everyone = torch.arange(len(found), device=found.delta.device)
-    pieces = subject.batching.over("passes", everyone, margins)
+    most = _rows_at_once(subject, case.batch)
+    pieces = subject.batching.over("passes", everyone, margins, most=most)
     return {name: torch.cat([piece[name] for piece in pieces]) for name in FROZEN}
+
+
+def _rows_at_once(subject: Subject, batch: Batch) -> int:
+    """As many as what is kept of them leaves room for."""
+    width = batch.tokens.shape[1]
+    n_heads = subject.model.config.get_text_config().num_attention_heads
+    one = subject.n_blocks * width * (len(ADDS) * subject.d_model + n_heads * width)
+    return max(1, _ENTRIES // one)
 
 
 @dataclass(frozen=True)

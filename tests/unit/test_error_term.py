@@ -260,6 +260,39 @@ def test_a_page_has_the_three_sections_and_their_figures(data: ReportData) -> No
         assert not re.search(rf">\s*{word}\b", page), word
 
 
+def test_saes_that_explain_more_and_less_are_told_apart(data: ReportData) -> None:
+    """A second SAE at the same points is a sweep of its own, and is set beside the first."""
+    from dataclasses import replace
+
+    (audit,) = data.audits
+    worse = []
+    for point in audit.points:
+        trial = point.main.trial
+        (sae,) = trial.subject.saes
+        other = sae.model_copy(update={"sha256": "f" * 64})
+        subject = trial.subject.model_copy(update={"saes": (other,)})
+        result = {**point.main.result}
+        if result["explained"]:
+            result["explained"] = {str(SITE): -1.0}
+        record = {**point.main.record, "result": result}
+        main = replace(
+            point.main, trial=trial.model_copy(update={"subject": subject}), record=record
+        )
+        worse.append(replace(point, main=main))
+    both = replace(audit, points=(*audit.points, *worse))
+    made, one = section(replace(data, audits=(both,))), section(data)
+    assert made is not None and one is not None and one.context["fidelity"] == []
+    assert len(made.context["sweeps"]) == 2 * len(one.context["sweeps"])
+    assert len(made.context["fidelity"]) == len(ORDERS)
+    for group in made.context["fidelity"]:
+        better, less = group["sweeps"]
+        assert better["explained"][str(SITE)] > less["explained"][str(SITE)] == -1.0
+        assert less["saes"] == (f"{SITE} ffffffff",)
+        assert [row.alpha for row in less["rows"]] == group["alphas"] == list(ALPHAS)
+    page = render(replace(data, audits=(both,)), "<svg></svg>")
+    assert page.count("by how much the SAE explains") == len(ORDERS)
+
+
 def test_one_value_is_no_sweep(data: ReportData) -> None:
     from dataclasses import replace
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.shapley import Coalition, coalitions, shapley
+from holdfast.shapley import Coalition, coalitions, interactions, shapley
 
 PLAYERS = ("a", "b", "c", "d")
 
@@ -51,3 +51,28 @@ def test_a_missing_coalition_is_named() -> None:
         shapley(worth)
     with pytest.raises(ValueError, match="some player"):
         shapley({frozenset(): torch.zeros(1)})
+
+
+def test_effects_that_add_do_not_interact_and_a_product_does() -> None:
+    own = {player: torch.randn(4).double() for player in PLAYERS}
+    nothing = torch.randn(4).double()
+
+    def sums(c: Coalition) -> Tensor:
+        return nothing + sum((own[player] for player in c), torch.zeros(4).double())
+
+    added = interactions({c: sums(c) for c in coalitions(PLAYERS)})
+    assert set(added) == {(a, b) for a in PLAYERS for b in PLAYERS if a < b}
+    for values in added.values():
+        torch.testing.assert_close(values, torch.zeros(4).double())
+    made = interactions({c: sums(c) + 3.0 * ({"a", "c"} <= c) for c in coalitions(PLAYERS)})
+    for pair, values in made.items():
+        beyond = torch.full((4,), 3.0 if pair == ("a", "c") else 0.0).double()
+        torch.testing.assert_close(values, beyond)
+
+
+def test_who_does_the_others_work_interacts_below_zero() -> None:
+    worth = {c: torch.tensor([float(bool(c))]) for c in coalitions(("a", "b"))}
+    assert interactions(worth)["a", "b"].item() == -1
+    del worth[frozenset({"b"})]
+    with pytest.raises(ValueError, match=r"\['b'\] is missing"):
+        interactions(worth)

@@ -49,7 +49,7 @@ def section(data: ReportData) -> Section | None:
     sweeps: list[dict[str, Any]] = []
     figures = []
     for audit in data.audits:
-        for (constraint, order), points in _sweeps(audit):
+        for (constraint, order, saes), points in _sweeps(audit):
             rows = _rows(points)
             label = f"{audit.name}, {constraint}: {ORDERS.get(order, order)}"
             drawn = _figure(len(sweeps), label, rows)
@@ -60,22 +60,46 @@ def section(data: ReportData) -> Section | None:
             sweeps.append(
                 {
                     "name": audit.name, "constraint": constraint, "order": ORDERS.get(order, order),
-                    "rows": rows, "figure": drawn, "explained": explained,
+                    "saes": saes, "rows": rows, "figure": drawn, "explained": explained,
                     "several": len({row.value for row in rows}) > 1,
                 }
             )  # fmt: skip
     if not sweeps:
         return None
-    return Section("error_term", "What the SAE's error carries", {"sweeps": sweeps}, tuple(figures))
+    context = {"sweeps": sweeps, "fidelity": _fidelity(sweeps)}
+    return Section("error_term", "What the SAE's error carries", context, tuple(figures))
 
 
-def _sweeps(audit: AuditData) -> Iterator[tuple[tuple[str, str], list[Point]]]:
-    """Points of an audit that differ in the error term alone, by constraint and order."""
-    groups: dict[tuple[str, str], dict[float, Point]] = {}
+def _fidelity(sweeps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Sweeps that differ in their SAEs alone, the one that explains most first; none where an
+    audit has one SAE."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for sweep in sweeps:
+        if sweep["explained"]:
+            key = (sweep["name"], sweep["constraint"], sweep["order"])
+            groups.setdefault(key, []).append(sweep)
+    return [
+        {
+            "name": name, "constraint": constraint, "order": order,
+            "alphas": [row.alpha for row in own[0]["rows"]],
+            "sweeps": sorted(own, key=lambda sweep: -min(sweep["explained"].values())),
+        }
+        for (name, constraint, order), own in groups.items()
+        if len(own) > 1
+    ]  # fmt: skip
+
+
+Key = tuple[str, str, tuple[str, ...]]
+
+
+def _sweeps(audit: AuditData) -> Iterator[tuple[Key, list[Point]]]:
+    """Points of an audit that differ in the error term alone, by constraint, order and SAEs."""
+    groups: dict[Key, dict[float, Point]] = {}
     for point in audit.points:
         alpha = _alpha(point)
         if alpha is not None:
-            key = (point.constraint, str(point.main.recovery.order))
+            saes = tuple(f"{sae.site} {sae.sha256[:8]}" for sae in point.main.trial.subject.saes)
+            key = (point.constraint, str(point.main.recovery.order), saes)
             groups.setdefault(key, {}).setdefault(alpha, point)
     for key, points in groups.items():
         if len(points) > 1:
