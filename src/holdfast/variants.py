@@ -34,13 +34,16 @@ class PathSpec(Config):
     scales: norms of the baselines, as multiples of the recovery's; draws: random directions for
     each prompt; top: how many of the features that change most make a part of their own; groups:
     into how many groups of neighboring positions the perturbed ones are put, where there are
-    several. every: for every constraint of the audit, not for the one its verdict is read from.
+    several. orders: whether vectors are lent between orders of a question's choices
+    (`generality.py`). every: for every constraint of the audit, not for the one its verdict is read
+    from.
     """
 
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0, 4.0), min_length=1)
     draws: int = Field(2, ge=1)
     top: int = Field(10, ge=1)
     groups: int = Field(4, ge=1)
+    orders: bool = False
     every: bool = False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from holdfast.baselines import MEANINGS
 from holdfast.forecast.scene import Scene
 from holdfast.forecast.work import Stage, Work
+from holdfast.generality import MEANINGS as LENT
 from holdfast.parts import EXACT
 from holdfast.paths import ALONG, ROWS
 
@@ -26,7 +27,8 @@ def n_variants(scene: Scene) -> int:
     places = [len(scene.sites), min(spec.groups, scene.positions)]
     split = 2 * len(PARTS) + len(PARTS) - 2 if set(scene.sites) <= set(scene.saes) else 0
     undone = 2 * len((ROWS, ALONG))  # what of it takes the clamp back, alone and left out
-    return baselines + 1 + split + undone + sum(2 * n for n in places if n > 1)
+    lent = len(LENT) * len(spec.scales) if spec.orders else 0
+    return lent + baselines + 1 + split + undone + sum(2 * n for n in places if n > 1)
 
 
 def comparing(scene: Scene, clamp: Work, gradient: Work) -> Stage:

@@ -18,6 +18,7 @@ from holdfast.report import (
     error_term,
     forcing,
     funnel,
+    generality,
     judges,
     known_answer,
     limits,
@@ -41,9 +42,9 @@ from holdfast.report.picture import draw
 from holdfast.store import RunFolder, write_atomic
 
 SECTIONS = (
-    verdicts, preflight, funnel, norms, forcing, path, sweeps, error_term, strata, drift, posthoc,
-    steps, judges, known_answer, attempts, soft_suffix, side_effects, unlearning, clamped, prompts,
-    limits, provenance,
+    verdicts, preflight, funnel, norms, forcing, path, generality, sweeps, error_term, strata,
+    drift, posthoc, steps, judges, known_answer, attempts, soft_suffix, side_effects, unlearning,
+    clamped, prompts, limits, provenance,
 )  # fmt: skip
 PICTURE = "picture.svg"
 
