@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from holdfast.config import Config
-from holdfast.statistics import Interval, bootstrap, clustered_rate
+from holdfast.statistics import Interval, clustered_rate
 
 Row = Mapping[str, Any]
 
@@ -103,7 +103,7 @@ def _evaluated(name: str, n_own: int, rows: Sequence[Row]) -> OnCommon:
         method=name,
         n_own=n_own,
         recovered=Share.of(clustered_rate(hits, clusters)),
-        by_question=Share.of(bootstrap([fmean(own) for own in by.values()], "mean")),
+        by_question=Share.of(clustered_rate([fmean(own) for own in by.values()], list(by))),
         whole_questions=sum(min(own) == 1.0 for own in by.values()),
         drift=fmean(drift) if drift else None,
         drift_max=max(drift) if drift else None,

@@ -39,8 +39,9 @@ class PathSpec(Config):
     to, as multiples of its own; atoms: most decoder rows of a sparse code of the vector; principal:
     dimensions of the subspace in which clean residuals vary most. likes: beside the parts, those
     found for other prompts and random vectors of the same subspaces; routes: with later attention
-    and MLPs kept as they were; heads: direct attribution, head by head. every: for every constraint
-    of the audit, not for the one its verdict is read from.
+    and MLPs kept as they were; heads: direct attribution, head by head; orders: vectors lent
+    between orders of a question's choices (`generality.py`). every: for every constraint of the
+    audit, not for the one its verdict is read from.
     """
 
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0, 4.0), min_length=1)
@@ -54,6 +55,7 @@ class PathSpec(Config):
     likes: bool = True
     routes: bool = True
     heads: bool = True
+    orders: bool = False
     every: bool = False
 
 

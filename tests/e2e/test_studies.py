@@ -330,11 +330,16 @@ def test_unlearning_of_the_organism(tmp_path: Path) -> None:
         assert score["settings"][pick["index"]]["kept"] >= 0.99, pick["why"]
     main = next(row for row in run.summary()["trials"] if row["control"] == "none")
     assert main["n_recovered"] > 0.8 * main["n_valid"], "what the score calls unlearned comes back"
+    rows = [row for row in run.summary()["trials"] if row["audit"] == "orders"]
+    exact = next(row for row in rows if row["constraint"] == "encoder_null")
+    lent = run.load(exact["id"])["result"]["paths"]["orders"]
+    back = {(row["name"], row["scale"]): row["back"]["estimate"] for row in lent}
+    assert back["same_letter", 1.0] > 0.5 and back["other_question", 2.0] > 0.5
     page = tmp_path / "again.html"
     assert holdfast("report", tmp_path / "run", "--out", page).code == 0
     written = (tmp_path / "run" / "report.html").read_text()
-    at = "Unlearning score"
-    assert at in written and at in page.read_text()
+    for at in ("Unlearning score", "Methods on one valid set", "serve another"):
+        assert at in written and at in page.read_text()
 
 
 def test_every_bundled_study_names_what_exists() -> None:

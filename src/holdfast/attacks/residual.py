@@ -12,6 +12,7 @@ from holdfast.controls import Case
 from holdfast.edits import Perturbation
 from holdfast.errors import StudyError
 from holdfast.found import Found, examples_of, result_of
+from holdfast.generality import between_orders
 from holdfast.paths import follow
 from holdfast.positions import check_possible, selected
 from holdfast.problem import Problem
@@ -65,6 +66,8 @@ class Residual(AttackKind):
                 setting, case, problem, spec, recovery.delta, perturbation.positions, back
             )
             paths = follow(own, attacked.paths, attacked.seed, back)
+            if attacked.paths.orders:
+                paths.record["orders"] = between_orders(own, attacked.paths.scales)
         found = Found(
             setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained,
             paths,

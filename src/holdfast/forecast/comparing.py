@@ -7,6 +7,7 @@ from holdfast.bounded import SUBSPACES
 from holdfast.direct import CONDITIONS
 from holdfast.forecast.scene import Scene
 from holdfast.forecast.work import Stage, Work
+from holdfast.generality import MEANINGS as LENT
 from holdfast.parts import EXACT
 from holdfast.predicted import STEPS
 from holdfast.replays import ALONG, PARTS, ROWS
@@ -31,8 +32,9 @@ def n_variants(scene: Scene) -> int:
         split = len(PARTS) * (2 + len(spec.part_scales)) - 2
         split += len(EXACT) + len(SUBSPACES) if spec.likes else 0
     undone = 2 * len((ROWS, ALONG))  # what of it takes the clamp back, alone and left out
+    lent = len(LENT) * len(spec.scales) if spec.orders else 0
     # Alone, left out, and up to it where that is something else.
-    return baselines + 1 + split + undone + sum(3 * n - 2 for n in places if n > 1)
+    return lent + baselines + 1 + split + undone + sum(3 * n - 2 for n in places if n > 1)
 
 
 def _n_margins(scene: Scene) -> int:

@@ -19,6 +19,7 @@ from holdfast.report import (
     error_term,
     forcing,
     funnel,
+    generality,
     heads,
     judges,
     known_answer,
@@ -43,8 +44,9 @@ from holdfast.report.picture import draw
 from holdfast.store import RunFolder, write_atomic
 
 SECTIONS = (
-    verdicts, preflight, funnel, norms, forcing, path, heads, sweeps, error_term, strata, drift,
-    posthoc, steps, judges, known_answer, attempts, answers, soft_suffix, side_effects, unlearning,
+    verdicts, preflight, funnel, norms, forcing, path, heads, generality, sweeps, error_term,
+    strata, drift, posthoc, steps, judges, known_answer, attempts, answers, soft_suffix,
+    side_effects, unlearning,
     clamped, prompts, limits, provenance,
 )  # fmt: skip
 PICTURE = "picture.svg"
