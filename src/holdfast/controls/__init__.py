@@ -91,6 +91,8 @@ def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
     each other out, what the right answer has to beat, and no more. Where answers of several
     tokens are read, it is another prompt's answer of the same length, drawn likewise.
     """
+    if not len(batch):  # no prompt is valid, which the trial says
+        return batch
     if batch.forced is not None:
         return batch.forcing(_unrelated(batch))
     targets, rivals = [], []
