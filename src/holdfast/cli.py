@@ -187,6 +187,43 @@ def export(
 
 
 @app.command()
+def direction(
+    study: StudyArgument,
+    out: Annotated[Path, typer.Option("--out", help="a folder that does not exist yet")],
+    audit: Annotated[
+        str | None, typer.Option("--audit", help="whose fit split; not needed if there is one")
+    ] = None,
+    site: Annotated[
+        list[str] | None, typer.Option("--site", help="where; after every block if left out")
+    ] = None,
+    measured_at: Annotated[
+        str | None, typer.Option("--measured-at", help="write this site's direction for all")
+    ] = None,
+    set_: Sets = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 512,
+) -> None:
+    """Write an audit's difference in means as files that are clamped in an SAE's place."""
+    from holdfast.direction import write_direction
+    from holdfast.executor import Runtime
+    from holdfast.planning import plan
+    from holdfast.sites import Site
+    from holdfast.study import load
+    from holdfast.terminal import console, working
+
+    planned, sites = plan(load(study, set_ or ())), [Site.parse(each) for each in site or ()]
+    with working("measuring the direction"):
+        at = None if measured_at is None else Site.parse(measured_at)
+        made = write_direction(planned, audit, out, Runtime(device, batch_size), sites, at)
+    for place, length in made.lengths.items():
+        console().print(
+            f"{place}: {made.n_with} prompts less {made.n_without} others, {length:.3g} of the "
+            f"residual's norm: {made.folders[place]}", markup=False, soft_wrap=True,
+        )  # fmt: skip
+    console().print(f"\nin a study:\n\n{made.toml()}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="a run's folder")],
     out: Annotated[Path | None, typer.Option("--out", help="[FOLDER/report.html]")] = None,

@@ -59,7 +59,7 @@ def export_clamp(plan: Plan, audit: str | None, out: Path | None, runtime: Runti
     Raises StudyError if the audit is not known or its clamp varies over the grid, EditError if it
     cannot be saved by itself, StoreError if the file exists and is another clamp.
     """
-    trial = _trial_of(plan, audit)
+    trial = trial_of(plan, audit)
     path = out or Path(f"{trial.audit}.clamp.safetensors")
     lab = load_lab(plan, [trial], runtime)
     with threads_for(lab, runtime):
@@ -76,7 +76,7 @@ def export_clamp(plan: Plan, audit: str | None, out: Path | None, runtime: Runti
     return Exported(load_clamp(path), setting)
 
 
-def _trial_of(plan: Plan, audit: str | None) -> Trial:
+def trial_of(plan: Plan, audit: str | None) -> Trial:
     """The first trial of the audit. Raises StudyError if others would have another clamp."""
     names = list(dict.fromkeys(trial.audit for trial in plan.trials))
     if audit is None and len(names) > 1:

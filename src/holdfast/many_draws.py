@@ -27,17 +27,18 @@ FIRST = 1_000_000
 def many_draws(found: Recovered, spec: PathSpec, seed: int) -> dict[str, Any]:
     """What `spec.margin_draws` random directions of the recovery's norm do to each prompt's margin.
 
-    free and inside: anywhere, and inside the constraint, the latter None where it promises nothing.
-    Of each, by prompt: back, the share of draws that bring the behavior back; any, whether one
-    does; best, the margin that the best of them regains, as a share of what the vector found
-    regains; as_good, the share of draws at least as good as that vector. A draw under which a held
-    feature was overtaken among the k largest of a TopK counts like any other.
+    free and inside: anywhere, and inside the constraint; the latter None where it promises nothing,
+    and where a vector is only brought inside by solves through the model, which for so many draws
+    would cost more than the search. Of each, by prompt: back, the share of draws that bring the
+    behavior back; any, whether one does; best, the margin that the best of them regains, as a share
+    of what the vector found regains; as_good, the share of draws at least as good as that vector. A
+    draw under which a held feature was overtaken among the k largest of a TopK counts as any other.
     """
     if found.setting.observed is not None and found.case.own:
         return {"n": 0, "reason": JUDGED}
     constraint = found.spec.constraint
     sets = {"free": _free(found, spec, seed)}
-    if constraint.exact:
+    if constraint.exact and found.problem.linear:
         sets["inside"] = _inside(found, spec, seed)
     lanes: dict[tuple[int, int], Lanes] = {}
     nothing = _margins(found, lanes, torch.zeros_like(found.delta))

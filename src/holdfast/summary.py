@@ -224,7 +224,8 @@ def suffix(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
     suffix: its fields; n_placeholder: prompts that the suffix brings back as it begins, before any
     search; n_searched: the others, over which the rate is. drift: from the same prompt with the
     suffix as it began, drift_original: from the prompt as it was, drift_placeholder: what of the
-    latter is there before any search; means, relative to the features' norm.
+    latter is there before any search; drift_generated, drift_generated_original: the first two on
+    the text that was generated, None where there is none. Means, relative to the features' norm.
     """
     record = store.load(trial.id)
     result = record["result"]
@@ -253,8 +254,14 @@ def suffix(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
         "without_clamp_rate": measured["without_clamp_rate"]["estimate"],
         "norm_relative_median": measured["norm_relative"]["estimate"],
         **{
-            f"{name}_{figure}": checks[f"{name}_{figure}"]
-            for name in ("drift", "drift_original", "drift_placeholder")
+            f"{name}_{figure}": checks.get(f"{name}_{figure}")
+            for name in (
+                "drift",
+                "drift_original",
+                "drift_placeholder",
+                "drift_generated",
+                "drift_generated_original",
+            )
             for figure in ("relative_mean", "preactivation_max")
         },
         "outcome": result["outcome"]["outcome"],

@@ -21,11 +21,12 @@ from holdfast.attacks.suffix_search import Objective, climb
 from holdfast.attacks.suffixed import Suffixed
 from holdfast.batch import Batch, Example
 from holdfast.batching import Batching
+from holdfast.behaviors.observation import Observation
 from holdfast.behaviors.refusal import Refusal
 from holdfast.controls import Case
 from holdfast.controls.none import NoControl
 from holdfast.discovery.attribution import Attribution
-from holdfast.edits import FeatureEdit, Perturbation
+from holdfast.edits import Capture, FeatureEdit, Perturbation
 from holdfast.errors import ContextError, StudyError, SubjectError
 from holdfast.executor import Runtime
 from holdfast.features import FeatureSet, SiteFeatures
@@ -243,7 +244,8 @@ def test_drift_is_what_verify_calls_drift(subject: Subject) -> None:
     problem = objective.lanes.problem
     here = replace(prompts, monitored=prompts.slots, original=prompts.slots - K)
     nothing: Any = None
-    found = SuffixFound(nothing, case, here, problem, push, nothing, nothing, nothing, nothing)
+    seen = Observation(*(torch.zeros(len(prompts.batch), dtype=torch.bool),) * 2)
+    found = SuffixFound(nothing, case, here, problem, push, nothing, nothing, nothing, seen)
     scale = {site: case.features.median_active(site) for site in problem.held}
     checks = verify(subject, prompts.batch, case.edits, push, problem.held, scale, False)
     drift = found.drifts["drift"]
@@ -314,6 +316,25 @@ def test_text_is_generated_and_judged_with_the_suffix_in() -> None:
         assert row["recovered_sha256"] == again.replies[index].sha256
         assert row["recovered"] == (bool(again.shows[index]) and not row["placeholder_shows"])
     assert result.result["checks"]["replay_error"] < 1e-3
+    # On the text it made: each prompt alone, from its own tokens, with that text after it.
+    (entry,) = setting.features.entries
+    sae, ids = organism.sae(Site(1)).full(), list(entry.ids)
+    for index, example in enumerate(said.ids):
+        codes = {}
+        text = torch.tensor(list(again.tokens[index]))
+        plain = case.batch.unforced().rows([index])
+        own = said.rows([index])
+        for name, prompt, edits in (
+            ("found", own, (saved, *case.edits)), ("began", own, case.edits),
+            ("asked", plain, case.edits),
+        ):  # fmt: skip
+            longer, read = prompt.forcing([[*text.tolist(), 0]]), Capture(Site(1))
+            organism.read(longer, (*edits, read))
+            (_, x) = read.seen[0]
+            codes[name] = sae.encode(x[0, -len(text) :].double())[:, ids]
+        for name, reference in (("generated", "began"), ("generated_original", "asked")):
+            moved = (codes["found"] - codes[reference]).norm() / codes[reference].norm()
+            assert rows[example][f"drift_{name}_relative"] == pytest.approx(float(moved), rel=1e-3)
 
 
 WEIGHTS = (0.0, 5.0)

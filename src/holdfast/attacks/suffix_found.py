@@ -13,6 +13,7 @@ from functools import cached_property
 from math import nan
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from holdfast.attacks.suffix_search import Ended
@@ -73,15 +74,37 @@ class SuffixFound:
     def drifts(self) -> dict[str, Drift]:
         """ "drift": from the same prompt with the suffix as it began. "drift_original": from the
         prompt as it was, at the same tokens. "drift_placeholder": what of that the suffix has
-        before any search (METHODS E.4)."""
+        before any search. Where text is generated, "drift_generated" and
+        "drift_generated_original": the first two at the tokens of the text that was generated with
+        the suffix found, fed to all three (METHODS E.4)."""
         clamp, prompts = self.case.edits, self.prompts
         found = self._held(prompts.batch, (self.perturbation, *clamp), prompts.monitored)
         began = self._held(prompts.batch, clamp, prompts.monitored)
         asked = self._held(self.case.batch, clamp, prompts.original)
+        there = prompts.monitored >= 0
         return {
-            "drift": self._between(began, found),
-            "drift_original": self._between(asked, found),
-            "drift_placeholder": self._between(asked, began),
+            "drift": self._between(began, found, there),
+            "drift_original": self._between(asked, found, there),
+            "drift_placeholder": self._between(asked, began, there),
+            **self._on_generated(),
+        }
+
+    def _on_generated(self) -> dict[str, Drift]:
+        """Empty where no text is generated."""
+        if not self.seen.tokens:
+            return {}
+        clamp, prompts = self.case.edits, self.prompts
+        # The last token of a forced answer is read and not run: one more makes all of it run.
+        said = [[*tokens, tokens[-1]] for tokens in self.seen.tokens]
+        text, plain = prompts.batch.forcing(said), self.case.batch.forcing(said)
+        answer = text.positions >= text.prompt_length[:, None]
+        at = torch.where(answer, text.positions, -1)[:, -int(answer.sum(1).max()) :]
+        was = torch.where(at >= 0, at - prompts.slots.shape[1], -1)
+        found = self._held(text, (self.perturbation, *clamp), at)
+        began, asked = self._held(text, clamp, at), self._held(plain, clamp, was)
+        return {
+            "drift_generated": self._between(began, found, at >= 0),
+            "drift_generated_original": self._between(asked, found, at >= 0),
         }
 
     def _held(
@@ -92,11 +115,12 @@ class SuffixFound:
         self.case.subject.read(batch, (*edits, *reads.values()))
         return {site: read.at(batch.ids, positions).double() for site, read in reads.items()}
 
-    def _between(self, before: Mapping[Site, Tensor], after: Mapping[Site, Tensor]) -> Drift:
-        held, prompts = self.problem.held, self.prompts
+    def _between(
+        self, before: Mapping[Site, Tensor], after: Mapping[Site, Tensor], there: Tensor
+    ) -> Drift:
+        held = self.problem.held
         scale = {site: self.case.features.median_active(site) for site in held}
-        frame, there = prompts.batch.frame(), prompts.monitored >= 0
-        return Drift.between(held, frame, before, after, there, scale)
+        return Drift.between(held, self.prompts.batch.frame(), before, after, there, scale)
 
 
 def result_of(found: SuffixFound) -> dict[str, Any]:

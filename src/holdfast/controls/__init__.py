@@ -96,6 +96,8 @@ def aim_elsewhere(batch: Batch, predicted: Tensor) -> Batch:
     which there is none are left out (`aimed_among` says which). Raises EmptyValidSetError if that
     leaves no prompt.
     """
+    if not len(batch):  # no prompt is valid, which the trial says
+        return batch
     if batch.forced is not None:
         return _aim_at_text(batch)
     targets, rivals = [], []

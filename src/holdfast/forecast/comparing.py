@@ -41,7 +41,8 @@ def _n_margins(scene: Scene) -> int:
     """How many vectors are run for their margins alone: random ones, inside the constraint too."""
     spec = scene.trial.paths
     assert spec is not None
-    return 2 + spec.margin_draws * (2 if scene.search.constraint.exact else 1)
+    linear = max(scene.features) <= scene.sites[0]
+    return 2 + spec.margin_draws * (2 if scene.search.constraint.exact and linear else 1)
 
 
 def comparing(scene: Scene, clamp: Work, gradient: Work, replayed: Work) -> Stage:
