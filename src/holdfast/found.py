@@ -137,6 +137,7 @@ def result_of(found: Found) -> dict[str, Any]:
         )
     )
     measurements += _neighbors(setting)
+    measurements += setting.triggers
     tried = setting.test.clusters
     measurements.append(rate("clean_rate", setting.clean, tried))
     if setting.spliced is not None:

@@ -22,10 +22,12 @@ from holdfast.edits import Edit
 from holdfast.features import FeatureSet
 from holdfast.interventions import InterventionKind
 from holdfast.manifest import origin_of
+from holdfast.measure import Measurement
 from holdfast.readouts import Readout
 from holdfast.reconstruction import explained
 from holdfast.strength import choose_strength
 from holdfast.subject import Subject
+from holdfast.triggers import AUDITED, opened, trigger_rates
 
 
 class Data(Config):
@@ -114,6 +116,16 @@ class Setting:
         if self.changed is None:
             return self.clean & (self.suppressed_margin <= 0)
         return self.clean & self.changed.opposite
+
+    @cached_property
+    def triggers(self) -> list[Measurement]:
+        """How often a conditional intervention acts on the test prompts and on the neighbors';
+        empty where it has no condition."""
+        batches = {AUDITED: self.test.unforced()}
+        batches |= {name: batch for name, (batch, _, _) in self.neighbors.items()}
+        found = {n: opened(self.subject, batch, self.edits) for n, batch in batches.items()}
+        shares = {name: values for name, values in found.items() if values is not None}
+        return trigger_rates(shares, {name: batch.clusters for name, batch in batches.items()})
 
     @property
     def valid(self) -> Tensor:

@@ -9,15 +9,23 @@ from holdfast.report.section import Section
 
 PREFIX = "neighbor."
 SCORE = "score."
+TRIGGER = "trigger_rate."
 
 
 def section(data: ReportData) -> Section:
     audits = [
-        {"name": audit.name, "rows": _rows(audit), "scores": _scores(audit)}
+        {
+            "name": audit.name,
+            "rows": _rows(audit),
+            "scores": _scores(audit),
+            "triggers": _triggers(audit),
+        }
         for audit in data.audits
     ]
     context = {
-        "audits": [audit for audit in audits if audit["rows"] or audit["scores"]],
+        "audits": [
+            audit for audit in audits if audit["rows"] or audit["scores"] or audit["triggers"]
+        ],
         "without": [audit["name"] for audit in audits if not audit["rows"]],
     }
     return Section("side_effects", "Side effects of the clamp", context)
@@ -46,6 +54,21 @@ def _points(measured: dict[str, Any]) -> dict[str, Any]:
     return {part: signed(measured[part]) for part in ("estimate", "low", "high")} | {
         "n": measured["n"], "unit": measured["unit"],
     }  # fmt: skip
+
+
+def _triggers(audit: AuditData) -> list[dict[str, Any]]:
+    """A row for each set of prompts on which a conditional clamp may act: the same under every
+    constraint, so the headline's are shown."""
+    main = audit.headlines[0].main
+    names = [m["name"] for m in main.result["measurements"] if m["name"].startswith(TRIGGER)]
+    return [
+        {
+            "name": name.removeprefix(TRIGGER),
+            "prompts": main.measured(name),
+            "tokens": main.measured(name.replace(TRIGGER, "trigger_tokens.")),
+        }
+        for name in names
+    ]
 
 
 def _rows(audit: AuditData) -> list[dict[str, Any]]:
