@@ -33,10 +33,14 @@ _UNITS = {
     "reply_foreign_letters": "share of letters",
     "fidelity_token_f1": "token F1 with the clean answer",
     "fidelity_rouge_l": "ROUGE-L with the clean answer",
+    "fidelity_embedding": "cosine with the clean answer, unrelated ones about 0",
     "fidelity_z": "standard deviations from unrelated answers",
 }
 
-_REASONS = {"reply_foreign_letters": "there is no letter to compare"}
+_REASONS = {
+    "reply_foreign_letters": "there is no letter to compare",
+    "fidelity_embedding": "there is no text to compare",
+}
 """Why such a measure has no value; of the others the test of fidelity says it."""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from holdfast.behaviors.observation import Observation
 from holdfast.controls import Case
 from holdfast.edits import Edit, Perturbation
+from holdfast.embedding import likeness
 from holdfast.judges.writing import foreign_share
 from holdfast.likelihood import nll
 from holdfast.problem import Problem
@@ -97,7 +98,8 @@ def _measured(
     clean_answer_nll.<condition>: of the clean answer, teacher-forced in that condition, nats a
     token. reply_perplexity.<condition>: of the condition's reply under the model without any edit:
     text that breaks down is unlikely text. reply_foreign_letters.<condition>: share of its letters
-    in scripts that neither the prompt nor the clean answer has. <likeness>.<condition>: of the
+    in scripts that neither the prompt nor the clean answer has. fidelity_embedding.<condition>: see
+    `embedding.likeness`. <likeness>.<condition>: of the
     reply to the clean answer; NaN where the judge's test of fidelity cannot say.
     """
     assert setting.observed is not None and setting.changed is not None
@@ -116,6 +118,9 @@ def _measured(
     }
     for name, tokens in replies.items():
         out[f"reply_perplexity.{name}"] = nll(case.subject, prompts, tokens).exp()
+    changed = {name: replies[name] for name in ("suppressed", "recovered")}
+    alike = likeness(case.subject, changed, rows, setting.observed.tokens)
+    out |= {f"fidelity_embedding.{name}": values for name, values in alike.items()}
     said = {
         "suppressed": [setting.changed.replies[row] for row in rows],
         "recovered": list(seen.replies),
@@ -131,9 +136,9 @@ def _measured(
         "recovered": list(seen.fidelity),
     }
     for name, found in compared.items():
-        for likeness in ("token_f1", "rouge_l", "z") if found else ():
-            values = [getattr(each, likeness) for each in found]
-            out[f"fidelity_{likeness}.{name}"] = torch.as_tensor(
+        for measure in ("token_f1", "rouge_l", "z") if found else ():
+            values = [getattr(each, measure) for each in found]
+            out[f"fidelity_{measure}.{name}"] = torch.as_tensor(
                 [torch.nan if value is None else value for value in values], dtype=torch.float64
             )
     return out

@@ -162,6 +162,10 @@ def test_what_is_measured_of_texts(finished: tuple[Path, Said]) -> None:
     for row in rows:
         if row["outcome"] and row["recovered_sha256"] == row["clean_sha256"]:
             assert row["fidelity_token_f1.recovered"] == 1.0
+            assert row["fidelity_embedding.recovered"] == pytest.approx(1.0)
+    alike = {c: measured[f"fidelity_embedding.{c}"]["estimate"] for c in CONDITIONS[1:]}
+    assert alike["suppressed"] < alike["recovered"] <= 1.0 + 1e-9
+    assert measured["reply_foreign_letters.recovered"]["estimate"] == 0, "one script in all"
     scored = measured["fidelity_z.recovered"]
     assert scored["estimate"] is None and scored["n_unscored"] and scored["reason"]
 

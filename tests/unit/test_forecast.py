@@ -44,6 +44,7 @@ from holdfast.forecast.scene import Scene
 from holdfast.forecast.show import amount, as_json, lasting, rests_on, rows_of
 from holdfast.forecast.stages import forwards, preparing, searching, step
 from holdfast.forecast.subject import outlined
+from holdfast.objectives.vocabulary import Vocabulary
 from holdfast.paths import follow
 from holdfast.planning import plan, sketch
 from holdfast.problem import Problem
@@ -382,6 +383,14 @@ def test_probes_are_read_where_they_are_and_no_further(tmp_path: Path) -> None:
     assert (found.read_at, found.columns, found.n_logits) == (SITE, 12, 0)
     assert step(found, 4).flops == 0  # no block lies between
     assert memory_of(found).lane < memory_of(scene(tmp_path, TINY["llama"]())).lane
+
+
+def test_an_objective_over_the_vocabulary_reads_it_at_every_step(paper: Scene) -> None:
+    assert paper.trial.recovery is not None
+    spec = paper.trial.recovery.model_copy(update={"objective": Vocabulary()})
+    wide = replace(paper, trial=paper.trial.model_copy(update={"recovery": spec}))
+    assert wide.n_logits == paper.model.vocabulary > paper.n_logits
+    assert searching(wide).found.flops > searching(paper).found.flops
 
 
 def test_a_filter_runs_the_fit_prompts_again_for_every_candidate(paper: Scene) -> None:

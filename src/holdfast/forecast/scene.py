@@ -92,11 +92,14 @@ class Scene:
 
     @property
     def n_logits(self) -> int:
-        """Logits of a lane that a step computes: of the answers in play, or all along an answer."""
+        """Logits of a lane that a step computes: of the answers in play, or all of them where an
+        objective compares with every one, or all along an answer."""
         if self.read_at is not None:
             return 0
         if self.trial.behavior.answer_tokens:
             return self.trial.behavior.n_read * self.model.vocabulary
+        if self.search.objective.reads_all:
+            return self.model.vocabulary
         return self.prompts.answers
 
     @property

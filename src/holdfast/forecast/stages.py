@@ -115,6 +115,8 @@ def verifying(scene: Scene) -> Stage:
         work += _observed(scene, rows, True) + checked(long)
         if scene.trial.is_audit or scene.trial.control.clamps_others:
             work += passes.full(rows, long, behavior.answer_tokens) * LIKELIHOODS
+            # Clean answers and two conditions' replies, each alone.
+            work += passes.full(scene.prompts.n["test"] + 2 * rows, behavior.answer_tokens)
     return Stage("verify", work, work)
 
 

@@ -16,6 +16,7 @@ MEASURES = {
     "reply_foreign_letters": "reply: letters in a script of neither prompt nor clean answer",
     "fidelity_token_f1": "reply: token F1 with the clean answer",
     "fidelity_rouge_l": "reply: ROUGE-L with the clean answer",
+    "fidelity_embedding": "reply: cosine with the clean answer in the model's middle layer",
     "fidelity_z": "reply: distance from unrelated answers, in their standard deviations",
 }
 
