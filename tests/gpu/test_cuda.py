@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,46 @@ def test_an_exact_constraint_holds_on_the_gpu(dtype: torch.dtype) -> None:
     else:
         floor = checks.rounding_floor.mean()
         assert checks.preactivation_drift.mean() <= MAX_OVER_FLOOR * floor
+
+
+def test_a_replayed_step_does_not_wait_for_the_gpu() -> None:
+    """CUDA itself says when the host waits: it raises."""
+    subject = on_cuda()
+    batch = tiny_batch(subject, 6)
+    clamp = FeatureEdit(FeatureBank.of(subject.sae(SITE), FEATURES), "set", 2.0)
+    replay = Replay.record(subject, batch, SITE, batch.positions[:, -2:], before=(clamp,))
+    answers = torch.tensor([[5, 6]] * 6, device="cuda")
+
+    def step(delta: torch.Tensor) -> torch.Tensor:
+        scores = replay.logits(delta, answers)
+        return torch.autograd.grad((scores[:, 0] - scores[:, 1]).sum(), delta)[0]
+
+    delta = torch.randn(6, 2, 32, device="cuda", requires_grad=True)
+    step(delta)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradient = step(delta)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert gradient.abs().max() > 0
+
+
+def test_a_prefix_of_more_rows_than_a_step_takes_waits_on_the_host() -> None:
+    subject = on_cuda()
+    batch = tiny_batch(subject, 7)
+    positions = batch.positions[:, -1:]
+    whole = Replay.record(subject, batch, SITE, positions)
+    pieces = Replay.record(replace(subject, batch_size=3), batch, SITE, positions)
+    assert {t.device.type for own in whole.prefix if own for t in own} == {"cuda"}
+    assert {t.device.type for own in pieces.prefix if own for t in own} == {"cpu"}
+    rows = torch.tensor([6, 0, 0], device="cuda")
+    picked = pieces.rows(rows)
+    assert {t.device.type for own in picked.prefix if own for t in own} == {"cuda"}
+    delta = torch.randn(7, 1, 32, device="cuda")
+    expected = whole.logits(delta)
+    torch.testing.assert_close(picked.logits(delta[rows]), expected[rows], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pieces.logits(delta), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -24,6 +24,8 @@ from holdfast.readouts.probes import Probes
 from holdfast.recovery import Budget, RecoverySpec, recover
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
+from holdfast.saes.layout import Layout
+from holdfast.saes.sae import Weights
 from holdfast.sites import Site
 from holdfast.study import parse
 from holdfast.subject import Subject
@@ -223,8 +225,19 @@ def test_recording_holds_no_more_than_passes_over_its_pieces_and_what_it_keeps()
       "whole sequence: a clamp's condition on the whole prompt")],
     ids=["each token by itself", "on the whole prompt"],
 )  # fmt: skip
-def test_a_record_says_how_much_of_the_sequence_was_replayed(condition: str, said: str) -> None:
-    """The same search, whole; verified by full passes from the embedding."""
+def test_a_record_says_how_much_of_the_sequence_was_replayed(
+    monkeypatch: pytest.MonkeyPatch, condition: str, said: str
+) -> None:
+    """The same search, whole; verified by full passes from the embedding. And what the clamp, its
+    statistics and the constraint need of the SAE's file is read once."""
+    reads: list[Any] = []
+    read = Layout.read
+
+    def noting(self: Layout, ids: Any = None) -> Weights:
+        reads.append(ids)
+        return read(self, ids)
+
+    monkeypatch.setattr(Layout, "read", noting)
     study = parse(
         'schema = 1\nname = "one"\nseed = 0\n'
         '[subject]\nmodel = "organism-second-route"\n'
@@ -243,4 +256,5 @@ def test_a_record_says_how_much_of_the_sequence_was_replayed(condition: str, sai
     result = run_trial(trial, load_lab(planned, [trial], Runtime(workers=1))).result
     assert result["checks"]["replay"] == said
     assert result["outcome"]["counts"]["recovered"] > 0
+    assert len(reads) == 1 and reads[0] is not None, "one slice, read once"
     assert result["checks"]["replay_error"] < 1e-3, "what was replayed is what a full pass gives"

@@ -295,3 +295,18 @@ def test_a_threshold_never_set_is_found_in_a_slice_too(tmp_path: Path) -> None:
     for read in (sae.full, lambda: sae.take([0])):
         with pytest.raises(SAEError, match="thresholds are negative"):
             read()
+
+
+def test_slices_that_were_read_stay_until_there_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = CASES[0](tmp_path)
+    sae = opened(folder)
+    monkeypatch.setattr("holdfast.saes.stored.KEPT", 2)
+    first = sae.take((1, 2))
+    assert sae.take((1, 2)) is first
+    assert sae.take((2, 1)) is not first and sae.take((2, 1)).ids == (2, 1)
+    sae.take((3,))
+    again = sae.take((1, 2))
+    assert again is not first and torch.equal(again.W_enc, first.W_enc)
+    assert sae.to("cpu").take((1, 2)) is not again, "each device has its own"

@@ -29,6 +29,9 @@ from holdfast.saes.sae import (
 )
 from holdfast.sites import Site
 
+KEPT = 64
+"""Slices that stay in memory after they were read."""
+
 
 @dataclass(frozen=True)
 class StoredSAE:
@@ -43,6 +46,7 @@ class StoredSAE:
     device: torch.device | str = "cpu"
     _whole: list[weakref.ref[SAE]] = field(default_factory=list, repr=False, compare=False)
     _rivals: list[weakref.ref[Rivals]] = field(default_factory=list, repr=False, compare=False)
+    _taken: dict[tuple[int, ...], Slice] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def inputs(self) -> Inputs:
@@ -86,13 +90,22 @@ class StoredSAE:
         check_ids(ids, self.n_features, self.site)
 
     def take(self, ids: Sequence[int]) -> Slice:
-        """Some features, in the order given. Raises FeatureError on bad ids, SAEError on NaN."""
+        """Some features, in the order given. Raises FeatureError on bad ids, SAEError on NaN.
+
+        A clamp, its statistics and what a recovery has to hold ask for the same ones: they are read
+        once, and the last KEPT slices stay in memory.
+        """
         self.check_features(ids)
-        own = self._read(ids)
-        for name, tensor in vars(own).items():
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise SAEError(f"{self.name}: {name} has NaN or infinite values")
-        return fold(tuple(ids), own.to(self.device), self.inputs, self.layout.subtract_b_dec)
+        known, key = self._taken, tuple(ids)
+        if key not in known:
+            own = self._read(ids)
+            for name, tensor in vars(own).items():
+                if tensor is not None and not torch.isfinite(tensor).all():
+                    raise SAEError(f"{self.name}: {name} has NaN or infinite values")
+            if len(known) == KEPT:
+                del known[next(iter(known))]
+            known[key] = fold(key, own.to(self.device), self.inputs, self.layout.subtract_b_dec)
+        return known[key]
 
     def full(self) -> SAE:
         """The whole SAE; read once for as long as somebody holds it, and freed after that."""
@@ -120,4 +133,4 @@ class StoredSAE:
             raise SAEError(f"{self.name}: {error}") from None
 
     def to(self, device: torch.device | str) -> StoredSAE:
-        return replace(self, device=device, _whole=[], _rivals=[])
+        return replace(self, device=device, _whole=[], _rivals=[], _taken={})
