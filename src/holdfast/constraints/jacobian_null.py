@@ -12,9 +12,12 @@ from torch import Tensor
 from holdfast.constraints import ConstraintKind, Promise, check_affine
 from holdfast.errors import ConstraintError
 from holdfast.jacobian.feature_map import FeatureMap
+from holdfast.jacobian.frame import Frame
+from holdfast.jacobian.framed import Framed
 from holdfast.jacobian.linearized import Linearized
 from holdfast.jacobian.null_space import tangent
-from holdfast.jacobian.preconditioners import Preconditioner, prepared
+from holdfast.jacobian.offsets import Offsets, Plain
+from holdfast.jacobian.preconditioners import FEW, Preconditioner, prepared
 from holdfast.jacobian.restoration import restore
 from holdfast.problem import Problem
 from holdfast.subspace import Iterate, into_ball
@@ -113,6 +116,15 @@ class JacobianNull(ConstraintKind):
                 f"{problem.sites[0]}, where no perturbation can reach their features"
             )
         features = FeatureMap.of(problem)
-        near, free = prepared(features)
         rounding = SHARE_OF_EPS * torch.finfo(problem.replay.base.dtype).eps
-        return Level(features, near, free, max(self.tolerance, rounding))
+        tolerance = max(self.tolerance, rounding)
+        import os
+        near, free = prepared(features)
+        used = features.monitored.flatten(1).any(0).nonzero().flatten()
+        if os.environ.get("OLD") or not len(used) <= FEW or len(used) * features.shape[1] * features.shape[2] > 2**20:
+            return Level(features, near, free, tolerance)
+        frame = Frame.at(features, torch.zeros(features.shape, device=used.device), used)
+        coordinates = (
+            Offsets(features, problem.reference_norm) if Offsets.fit(problem) else Plain(features)
+        )
+        return Framed(features, coordinates, frame, problem.reference_norm, free, tolerance)
