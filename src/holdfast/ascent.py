@@ -123,7 +123,7 @@ def ascend(
 
         here = Iterate(delta, step, gradient)
         if isinstance(sets, Charted):
-            sets = sets.near(here)
+            sets = sets.around(here)
         here = replace(here, along=sets.tangent(gradient, here))
         move, state = stepper.move(state, here.along)
         rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps)

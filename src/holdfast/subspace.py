@@ -62,7 +62,7 @@ class FeasibleSet(Protocol):
 class Charted(Protocol):
     """A feasible set that keeps what it found out near an iterate, to use it for the next steps."""
 
-    def near(self, at: Iterate) -> FeasibleSet:
+    def around(self, at: Iterate) -> FeasibleSet:
         """The same set, as it is best described near an iterate."""
         ...
 

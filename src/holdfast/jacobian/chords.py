@@ -1,4 +1,4 @@
-"""Restoration with a J that was made near by: no derivative is taken on the way back."""
+"""Restoration with a J that was made near by: a correction takes passes forward alone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ CHORDS = 12
 
 STALLS = 3
 """How often a violation may fail to halve before its lane is given up."""
+
+RENEW = 2
+"""How often it fails to before J is made anew where the lane is, once."""
 
 RETURNS = 4
 """How often an iterate is scaled into its ball and corrected again."""
@@ -91,6 +94,7 @@ class Chords:
         x = self.coordinates.written(trial)
         smallest = torch.full((len(x),), torch.inf, device=x.device)
         stalls = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        own, renewed = self, torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(CHORDS + 1):
             value, held = self.coordinates.moved(x)
             largest = held.abs().amax((1, 2))
@@ -100,7 +104,12 @@ class Chords:
             if not going.any():
                 break
             smallest = torch.minimum(smallest, largest)
-            step = self._change(self.frame.correction(value))
+            slow = going & (stalls == RENEW) & ~renewed
+            if slow.any():
+                renewed, here = renewed | slow, self.coordinates.vectors(x)
+                frame = own.frame.anew(self.coordinates.features, here, slow)
+                own = Chords.of(self.coordinates, frame, self.tolerance)
+            step = own._change(own.frame.correction(value))
             x = torch.where(going[:, None, None], x - step, x)
         return x, good
 

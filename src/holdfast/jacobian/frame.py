@@ -13,11 +13,24 @@ from holdfast.problem import TINY
 from holdfast.subspace import norms
 
 RIDGE = 1e-9
-"""Added to the diagonal of the Gram matrix of J's rows at unit length: where features depend on each
+"""Added to the diagonal of the Gram matrix of J's unit rows: where features depend on each
 other, what rounding leaves between them is not corrected for."""
 
 LARGEST = 2**24
 """Most numbers of J that are made at once."""
+
+FEW = 1024
+"""Most constraints of a row for which J is kept."""
+
+SMALL = 2**20
+"""Most numbers of a row's J that are kept: 4 MB."""
+
+
+def few(features: FeatureMap) -> Tensor | None:
+    """The entries of a flat [s·K] that are constraints of any row; None if J is not to be kept."""
+    used = features.monitored.flatten(1).any(0).nonzero().flatten()
+    _, q, d = features.shape
+    return used if len(used) <= FEW and len(used) * q * d <= SMALL else None
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,7 @@ class Frame:
         return torch.cholesky_solve(own[..., None], self.factor)[..., 0]
 
 
-def _factored(
-    features: FeatureMap, delta: Tensor, used: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _factored(features: FeatureMap, delta: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     J = Linearized(features, delta).matrix(used)
     length = J.norm(dim=2)
     counts = features.monitored.flatten(1)[:, used] & (length > TINY)

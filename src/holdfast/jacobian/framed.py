@@ -11,17 +11,17 @@ from holdfast.jacobian.chords import Chords
 from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.jacobian.frame import Frame
 from holdfast.jacobian.linearized import Linearized
-from holdfast.jacobian.null_space import tangent
+from holdfast.jacobian.null_space import exact_tangent
 from holdfast.jacobian.offsets import Coordinates
 from holdfast.subspace import Iterate, into_ball
 
-NEAR = 0.03
+NEAR = 0.06
 """How far from an iterate J may have been made, as a share of the residual's norm."""
 
-FAR = 0.1
+FAR = 0.12
 """The same for the trial that a step leads to."""
 
-SHORTER = (1.0, 0.25, 0.0625)
+CUTS = (1.0, 0.25, 0.0625)
 """Shares of a step's reach that are tried in turn before it is not taken."""
 
 LEAP = 0.05
@@ -55,12 +55,12 @@ class Framed:
             self.size[rows], self.free[rows], self.tolerance,
         )  # fmt: skip
 
-    def near(self, at: Iterate) -> Framed:
+    def around(self, at: Iterate) -> Framed:
         """With J made anew for the lanes that have gone too far from where it was made."""
         return self._framed(at.delta, NEAR)
 
     def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:
-        return tangent(Linearized(self.features, at.delta), self.frame, gradient)
+        return exact_tangent(Linearized(self.features, at.delta), self.frame, gradient)
 
     def retract(self, delta: Tensor) -> Tensor:
         """The set's point near each iterate; nearer to 0 if there is none within reach."""
@@ -71,20 +71,20 @@ class Framed:
         """Restore inside the ball, after as much of the step as is worth it; at last after none."""
         own = self._framed(into_ball(delta, radius), FAR)
         chords = Chords.of(own.coordinates, own.frame, self.tolerance)
+        step = delta - last.delta
         bend, share = chords.reach(delta, radius, last)
-        out, step = last.delta.clone(), delta - last.delta
-        todo = (bend < LEAP).nonzero().flatten()
-        left = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
-        for part in (None, *SHORTER):
-            if part is not None:
-                todo = left.nonzero().flatten()
-            if not len(todo):
-                continue
-            length = 1.0 if part is None else (part * share[todo])[:, None, None]
-            trial = last.delta[todo] + length * step[todo]
-            point, kept = chords.rows(todo).back(trial, radius[todo])
-            out[todo[kept]] = point[kept]
-            left[todo[kept]] = False
+        # The frame of a long way's end says little about a short way's.
+        own = own._framed(last.delta + share[:, None, None] * step, FAR)
+        chords = Chords.of(own.coordinates, own.frame, self.tolerance)
+        out, left = last.delta.clone(), torch.ones_like(bend, dtype=torch.bool)
+        jumps = left & (bend < LEAP)
+        for trying, length in ((jumps, torch.ones_like(share)), *((left, c * share) for c in CUTS)):
+            rows = (trying & left).nonzero().flatten()
+            if len(rows):
+                trial = last.delta[rows] + length[rows, None, None] * step[rows]
+                point, kept = chords.rows(rows).back(trial, radius[rows])
+                out[rows[kept]] = point[kept]
+                left[rows[kept]] = False
         return out
 
     def _framed(self, delta: Tensor, most: float) -> Framed:

@@ -28,6 +28,9 @@ SHORT = 1e-3
 class Coordinates(Protocol):
     """How iterates are written while they are put back into the set."""
 
+    @property
+    def features(self) -> FeatureMap: ...
+
     def rows(self, rows: Tensor) -> Coordinates: ...
 
     def written(self, delta: Tensor) -> Tensor:
@@ -80,7 +83,10 @@ class Offsets:
 
     @classmethod
     def fit(cls, problem: Problem) -> bool:
-        """Whether vectors can put every held feature's slot anywhere."""
+        """Whether vectors can put every held feature's slot anywhere, and numbers are fine enough
+        for a derivative from a difference."""
+        if problem.replay.base.dtype != torch.float32:
+            return False
         late = [site for edit in problem.replay.after for site in edit.sites]
         return problem.moved == problem.sites and not set(late) & set(problem.sites)
 
