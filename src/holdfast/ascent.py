@@ -7,14 +7,14 @@ batch changes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from holdfast.problem import Lanes, Problem, relative_violation
 from holdfast.steppers import Stepper
-from holdfast.subspace import FeasibleSet, Iterate, norms
+from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
 
 Trace = list[dict[str, float]]
 """Per step, over the lanes still searching: counts, sums of margin and norm, largest violation."""
@@ -141,8 +141,11 @@ def _ascend(
             delta, gradient = delta[index], gradient[index]
             state = tuple(part[index] for part in state)
 
-        here = Iterate(delta, step)
-        move, state = stepper.move(state, sets.tangent(gradient, here))
+        here = Iterate(delta, step, gradient)
+        if isinstance(sets, Charted):
+            sets = sets.around(here)
+        here = replace(here, along=sets.tangent(gradient, here))
+        move, state = stepper.move(state, here.along)
         rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps)
         delta = sets.inside(delta + rate[:, None, None] * move, climb.radius[live], here)
     return Ascent(best, best_margin, reached_at, diverged)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,10 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where n lanes of a climb are: delta [n q d_model], in the set; step: how many came before."""
+    """Where n lanes of a climb are: delta [n q d_model], in the set; step: how many came before.
+
+    gradient [n q d_model]: the objective's there; along [n q d_model]: what of it is tangent to the
+    set. Both are None where no gradient was taken.
+    """
 
     delta: Tensor
     step: int = 0
+    gradient: Tensor | None = None
+    along: Tensor | None = None
 
     @classmethod
     def zero(cls, like: Tensor) -> Iterate:
@@ -49,6 +55,15 @@ class FeasibleSet(Protocol):
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
         """An iterate put back into the set and into balls of radius [n]. last: where the step to it
         began, for sets from which a step can be too long to come back."""
+        ...
+
+
+@runtime_checkable
+class Charted(Protocol):
+    """A feasible set that keeps what it found out near an iterate, to use it for the next steps."""
+
+    def around(self, at: Iterate) -> FeasibleSet:
+        """The same set, as it is best described near an iterate."""
         ...
 
 

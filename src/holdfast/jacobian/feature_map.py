@@ -104,7 +104,10 @@ class FeatureMap:
     def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Φ(δ) [n s K], differentiable twice, and what is to be held [n s K]: the same after the
         edits everywhere."""
-        states = suffix_states(self.replay, delta, [bank.site for bank in self.banks])
+        return self.of_states(suffix_states(self.replay, delta, [bank.site for bank in self.banks]))
+
+    def of_states(self, states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The same from the residuals of the banks' sites, as `suffix_states` gives them."""
         monitored, held = [], []
         for index, ((x, y), (x_ref, y_ref)) in enumerate(zip(states, self.reference, strict=True)):
             late = y - y_ref

@@ -12,6 +12,9 @@ from holdfast.problem import TINY
 LEFT = 0.1
 """Share of what moves features that may be left in a direction; the restoration takes it away."""
 
+OFF = 0.02
+"""Share of a direction's length by which `exact_tangent` may differ from what is tangent."""
+
 MAX_ITERATIONS = 60
 """Most steps of conjugate gradients. What is left then is left, and seen in the next violation."""
 
@@ -23,14 +26,33 @@ def tangent(here: Linearized, near: Preconditioner, direction: Tensor) -> Tensor
     return direction - here.pull(y)
 
 
+def exact_tangent(here: Linearized, near: Preconditioner, direction: Tensor) -> Tensor:
+    """The same up to `OFF` of the direction's length, where features hardly depend on some of it.
+
+    There a direction that moves no feature by much can still be far from tangent: the way back from
+    a step along it is longer than the step. The length of what is left is `r·(JJᵀ)⁻¹r`, squared.
+    """
+    most = OFF * direction.norm(dim=(1, 2))
+    nothing = torch.zeros_like(most)
+    y = conjugate_gradients(here, near, here.push(direction), nothing, most)
+    return direction - here.pull(y)
+
+
 def correction(here: Linearized, near: Preconditioner, goal: Tensor) -> Tensor:
     """The smallest step [n q d] that takes Φ to 0, to first order and up to `goal` [n] in every
     entry: `Jᵀ(JJᵀ)⁻¹Φ`, to be subtracted."""
     return here.pull(conjugate_gradients(here, near, here.value, goal))
 
 
-def conjugate_gradients(here: Linearized, near: Preconditioner, b: Tensor, goal: Tensor) -> Tensor:
-    """y [n s K] with `JJᵀy ≈ b`, until every entry of the residual is below goal [n].
+def conjugate_gradients(
+    here: Linearized,
+    near: Preconditioner,
+    b: Tensor,
+    goal: Tensor,
+    most: Tensor | None = None,
+) -> Tensor:
+    """y [n s K] with `JJᵀy ≈ b`, until every entry of the residual is below goal [n], or what it
+    stands for in a direction is shorter than `most` [n].
 
     Each lane stops by itself and is then left as it is, so a batch changes nothing. Where held
     features depend on each other JJᵀ is singular and b in its range, which is enough.
@@ -40,6 +62,8 @@ def conjugate_gradients(here: Linearized, near: Preconditioner, b: Tensor, goal:
     p, rz = z, _dot(r, z)
     for _ in range(MAX_ITERATIONS):
         going = (r.abs().amax((1, 2)) > goal)[:, None, None]
+        if most is not None:
+            going = going & (rz > most.square()[:, None, None])
         if not going.any():
             break
         q = here.push(here.pull(p))

@@ -1,0 +1,110 @@
+"""J itself near some iterates, factored: for few constraints on few unknowns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from holdfast.jacobian.feature_map import FeatureMap
+from holdfast.jacobian.linearized import Linearized
+from holdfast.problem import TINY
+from holdfast.subspace import norms
+
+RIDGE = 1e-9
+"""Added to the diagonal of the Gram matrix of J's unit rows: where features depend on each
+other, what rounding leaves between them is not corrected for."""
+
+LARGEST = 2**24
+"""Most numbers of J that are made at once."""
+
+FEW = 1024
+"""Most constraints of a row for which J is kept."""
+
+SMALL = 2**20
+"""Most numbers of a row's J that are kept: 4 MB."""
+
+
+def few(features: FeatureMap) -> Tensor | None:
+    """The entries of a flat [s·K] that are constraints of any row; None if J is not to be kept."""
+    used = features.monitored.flatten(1).any(0).nonzero().flatten()
+    _, q, d = features.shape
+    return used if len(used) <= FEW and len(used) * q * d <= SMALL else None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """J at `center` [n q d_model], and a factor of JJᵀ.
+
+    J [n r q·d_model]: its rows, scaled to unit length, at the r entries `used` of a flat [s·K];
+    scale [n r]: what they were multiplied with, 0 for entries that are no constraints; factor
+    [n r r] lower, in float64. A later token's row is as long as the attention that the token pays,
+    over three decades on the organism, and the singular values of unit rows fall over three more.
+    """
+
+    center: Tensor
+    J: Tensor
+    scale: Tensor
+    factor: Tensor
+    used: Tensor
+
+    @classmethod
+    def at(cls, features: FeatureMap, delta: Tensor, used: Tensor) -> Frame:
+        n, q, d = delta.shape
+        together = max(1, LARGEST // (len(used) * q * d))
+        parts = [
+            _factored(features.rows(rows), delta[rows], used)
+            for rows in torch.arange(n, device=delta.device).split(together)
+        ]
+        J, scale, factor = (torch.cat(own) for own in zip(*parts, strict=True))
+        return cls(delta.clone(), J, scale, factor, used)
+
+    def rows(self, rows: Tensor) -> Frame:
+        return Frame(
+            self.center[rows], self.J[rows], self.scale[rows], self.factor[rows], self.used
+        )
+
+    def anew(self, features: FeatureMap, delta: Tensor, which: Tensor) -> Frame:
+        """The frame made once more at delta, for some lanes [n] bool."""
+        if not which.any():
+            return self
+        rows = which.nonzero().flatten()
+        made = Frame.at(features.rows(rows), delta[rows], self.used)
+        return replace(
+            self,
+            center=self.center.index_copy(0, rows, made.center),
+            J=self.J.index_copy(0, rows, made.J),
+            scale=self.scale.index_copy(0, rows, made.scale),
+            factor=self.factor.index_copy(0, rows, made.factor),
+        )
+
+    def distance(self, delta: Tensor) -> Tensor:
+        """[n] how far iterates are from where J was made."""
+        return norms(delta - self.center).flatten()
+
+    def solve(self, r: Tensor) -> Tensor:
+        """(JJᵀ)⁻¹r [n s K]."""
+        flat = torch.zeros_like(r).flatten(1)
+        flat[:, self.used] = (self._solved(r) * self.scale).to(r.dtype)
+        return flat.view_as(r)
+
+    def correction(self, value: Tensor) -> Tensor:
+        """The shortest step [n q d_model] to be subtracted for Φ to fall by `value` [n s K]."""
+        y = self._solved(value).to(self.J.dtype)
+        return torch.bmm(y[:, None], self.J).view_as(self.center)
+
+    def _solved(self, r: Tensor) -> Tensor:
+        own = (r.flatten(1)[:, self.used] * self.scale).double()
+        return torch.cholesky_solve(own[..., None], self.factor)[..., 0]
+
+
+def _factored(features: FeatureMap, delta: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    J = Linearized(features, delta).matrix(used)
+    length = J.norm(dim=2)
+    counts = features.monitored.flatten(1)[:, used] & (length > TINY)
+    scale = torch.where(counts, 1 / length.clamp_min(TINY), 0.0)
+    J = J * scale[..., None]
+    gram = J.double() @ J.double().mT
+    extra = torch.where(counts, RIDGE, 1.0).double()
+    return J, scale, torch.linalg.cholesky(gram + torch.diag_embed(extra))
