@@ -162,6 +162,8 @@ def _discovery(scene: Scene) -> tuple[float, float]:
     counts = bool(scene.trial.discovery.corpora[0])
     if scene.trial.control.clamps_others or scene.trial.paths is not None or counts:
         whole = max((8.0 * d * shape.n_features for shape in scene.saes.values()), default=0.0)
+    if not scene.trial.intervention.runs_whole:  # a TopK's decoder, while its encoder is read
+        whole = max([whole, *(4.0 * d * n for n in scene.whole.values())])
     if not scene.trial.discovery.reads_whole:
         return whole, code
     for site, shape in scene.saes.items():
