@@ -158,7 +158,8 @@ def _unembedded(unembed: nn.Module, resid: Tensor, tokens: Tensor | None) -> Ten
     if tokens is None:
         return unembed(resid)
     if type(unembed) is not nn.Linear or hasattr(unembed, "_hf_hook"):
-        return unembed(resid).gather(-1, tokens)
+        logits = unembed(resid)
+        return logits.gather(-1, tokens.to(logits.device))
     some = torch.einsum("nmd,nd->nm", unembed.weight[tokens], resid)
     return some if unembed.bias is None else some + unembed.bias[tokens]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from holdfast import slots
 from holdfast.batch import Batch, Frame
 from holdfast.block_calls import Call, joined, reading
-from holdfast.edits import Capture, Edit
+from holdfast.edits import Capture, Edit, decided_on_whole
 from holdfast.hooks import AttachedEdits, record_calls
 from holdfast.prefix import PrefixCache
 from holdfast.sites import Site
@@ -27,15 +27,32 @@ from holdfast.subject import Subject
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was recorded of n rows; fields as in `Replay`."""
+    """What was recorded for n rows.
 
+    sites: the m perturbed ones, in forward order; a perturbation is [n q d_model] with q = m·p
+    slots, all positions of the first site, then all of the next. base [n s d_model]: the residual
+    of the lowest site in the suffix columns, before the perturbation and with `before` on; columns
+    [n p]: suffix column of each perturbed position, -1 for none. `before` and `after` act at a
+    perturbed site before and after the perturbation, at other sites in this order. reference: site
+    → [n p d_model], the suppressed residual with every edit on, at perturbed sites and at watched
+    ones; unclamped: the same before the site's own edits, at perturbed sites. cache, calls: the
+    prefix, and what each block is called with. whole: why every token is replayed; empty where it
+    is the suffix.
+    """
+
+    subject: Subject
+    sites: tuple[Site, ...]
+    batch: Batch
     frame: Frame
     base: Tensor
     columns: Tensor
+    before: tuple[Edit, ...]
+    after: tuple[Edit, ...]
     reference: Mapping[Site, Tensor]
     unclamped: Mapping[Site, Tensor]
     cache: PrefixCache
     calls: tuple[Call, ...]
+    whole: str
 
 
 @dataclass(frozen=True)
@@ -51,15 +68,16 @@ class _Piece:
 def record(
     subject: Subject,
     batch: Batch,
-    sites: Sequence[Site],
+    sites: tuple[Site, ...],
     positions: Tensor,
     before: Sequence[Edit],
     after: Sequence[Edit],
     watch: Sequence[Site],
-    start: int,
 ) -> Recorded:
-    """Run the columns before `start`, then the others, with the edits on; arguments as in
-    `Replay.record`, sites in forward order."""
+    """Run the prefix, then the suffix, with the edits on; arguments as in `Replay.record`, sites in
+    forward order."""
+    whole = decided_on_whole((*before, *after))
+    start = 0 if whole else first_column(batch, positions)
     raw = {site: Capture(site) for site in sites}
     base = Capture(sites[0])
     seen = {site: Capture(site) for site in dict.fromkeys((*sites, *watch))}
@@ -79,15 +97,31 @@ def record(
     read = dict(zip(map(id, captures), map(_cat, zip(*(p.seen for p in pieces), strict=True)),
                     strict=True))  # fmt: skip
     cache = kept.cache()
+    above = [Site(depth) for depth in range(sites[0].depth + 1, subject.n_blocks + 1)]
     return Recorded(
+        subject=subject,
+        sites=sites,
+        batch=batch,
         frame=frame,
         base=read[id(base)],
         columns=columns,
+        before=_again(before, above, frame),
+        after=_again(after, [sites[0], *above], frame),
         reference={site: slots.cut(read[id(own)], columns) for site, own in seen.items()},
         unclamped={site: slots.cut(read[id(own)], columns) for site, own in raw.items()},
         cache=cache,
         calls=reading(joined([(p.n, p.calls) for p in pieces]), cache),
+        whole=whole,
     )
+
+
+def _again(edits: Sequence[Edit], sites: Sequence[Site], frame: Frame) -> tuple[Edit, ...]:
+    """Edits that have something to do in a replay, which does not ask them at every step."""
+
+    def acts(edit: Edit) -> bool:
+        return any(bool(edit.selects(s, frame).any()) for s in edit.sites if s in sites)
+
+    return tuple(filter(acts, edits))
 
 
 def first_column(batch: Batch, positions: Tensor) -> int:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from holdfast import slots
-from holdfast.batch import Batch, Frame
-from holdfast.block_calls import Call, picked, reading
-from holdfast.edits import Edit, decided_on_whole
+from holdfast.batch import Batch
+from holdfast.block_calls import picked, reading
+from holdfast.edits import Edit
 from holdfast.hooks import apply_edits
-from holdfast.prefix import ConstantCache, PrefixCache, attending
-from holdfast.recording import first_column, record
+from holdfast.prefix import ConstantCache, attending
+from holdfast.recording import Recorded, record
 from holdfast.sites import Site
 from holdfast.subject import Subject
 
@@ -52,34 +52,14 @@ class Passed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replay:
-    """What was recorded for n rows; `rows` picks some of them, repeats allowed.
+class Replay(Recorded):
+    """What was recorded, and how it is run again; `rows` picks some rows, repeats allowed.
 
-    sites: the m perturbed ones, in forward order; a perturbation is [n q d_model] with q = m·p
-    slots, all positions of the first site, then all of the next. base [n s d_model]: the residual
-    of the lowest site in the suffix columns, before the perturbation and with `before` on; columns
-    [n p]: suffix column of each perturbed position, -1 for none. `before` and `after` act at a
-    perturbed site before and after the perturbation, at other sites in this order. reference: site
-    → [n p d_model], the suppressed residual with every edit on, at perturbed sites and at watched
-    ones; unclamped: the same before the site's own edits, at perturbed sites. hold: what is done to
-    a site's residual after all edits, for constraints that act in the forward pass. whole: why
-    every token is replayed; empty where it is the suffix.
+    hold: what is done to a site's residual after all edits, for constraints that act in the forward
+    pass.
     """
 
-    subject: Subject
-    sites: tuple[Site, ...]
-    batch: Batch
-    frame: Frame
-    base: Tensor
-    columns: Tensor
-    before: tuple[Edit, ...]
-    after: tuple[Edit, ...]
-    reference: Mapping[Site, Tensor]
-    unclamped: Mapping[Site, Tensor]
-    cache: PrefixCache
-    calls: tuple[Call, ...]
     hold: Mapping[Site, Hold] = field(default_factory=dict)
-    whole: str = ""
 
     @classmethod
     def record(
@@ -100,22 +80,7 @@ class Replay:
         Beside what is kept (`recording.py`) the memory is that of passes over a piece of rows.
         """
         sites = (sites,) if isinstance(sites, Site) else tuple(sorted(set(sites)))
-        whole = decided_on_whole((*before, *after))
-        start = 0 if whole else first_column(batch, positions)
-        recorded = record(subject, batch, sites, positions, before, after, watch, start)
-
-        def again(edits: Sequence[Edit], among: Sequence[Site]) -> tuple[Edit, ...]:
-            """Edits that have something to do in a replay, which does not ask them every time."""
-            return tuple(
-                edit for edit in edits
-                if any(s in among and edit.selects(s, recorded.frame).any() for s in edit.sites)
-            )  # fmt: skip
-
-        above = [Site(depth) for depth in range(sites[0].depth + 1, subject.n_blocks + 1)]
-        return cls(
-            subject, sites, batch, before=again(before, above),
-            after=again(after, [sites[0], *above]), whole=whole, **vars(recorded),
-        )  # fmt: skip
+        return cls(**vars(record(subject, batch, sites, positions, before, after, watch)))
 
     def __len__(self) -> int:
         return self.base.shape[0]
@@ -168,7 +133,8 @@ class Replay:
         last = Site(self.subject.n_blocks)
         x = self._run(delta, [last])[last].leaving
         read = x[:, -1] if self.batch.forced is None else x[:, -self.batch.n_read :]
-        return self.subject.family.unembed_of(self.subject.model, read, tokens).float()
+        logits = self.subject.family.unembed_of(self.subject.model, read, tokens)
+        return logits.float().to(delta.device)
 
     def states(self, delta: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Site → [n p d_model] float32: the residual with `delta` and every edit on, at the
