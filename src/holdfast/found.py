@@ -169,6 +169,7 @@ def result_of(found: Found) -> dict[str, Any]:
         "features": case.features.model_dump(mode="json"),
         "intervention": setting.intervention.model_dump(mode="json"),
         "trace": list(recovery.trace),
+        **case.measured,
     }
 
 
@@ -217,6 +218,7 @@ def unsearched(setting: Setting, case: Case) -> dict[str, Any]:
         "features": case.features.model_dump(mode="json"),
         "intervention": setting.intervention.model_dump(mode="json"),
         "trace": [],
+        **case.measured,
     }
 
 
