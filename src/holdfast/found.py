@@ -211,6 +211,7 @@ def result_of(found: Found) -> dict[str, Any]:
         "features": case.features.model_dump(mode="json"),
         "intervention": setting.intervention.model_dump(mode="json"),
         "trace": list(recovery.trace),
+        **case.measured,
     }
 
 
@@ -261,6 +262,7 @@ def unsearched(setting: Setting, case: Case) -> dict[str, Any]:
         "features": case.features.model_dump(mode="json"),
         "intervention": setting.intervention.model_dump(mode="json"),
         "trace": [],
+        **case.measured,
     }
 
 

@@ -54,7 +54,7 @@ def holdfast(*arguments: str | Path) -> Said:
 def small_study(
     audits: Sequence[str] = ("ioi",),
     constraints: Sequence[str] = ("encoder_null",),
-    controls: Sequence[str] | None = ("wrong_target",),
+    controls: Sequence[str | dict[str, Any]] | None = ("wrong_target",),
     **changes: Any,
 ) -> dict[str, Any]:
     """The bundled study with some of its audits, few prompts and short searches.

@@ -167,9 +167,25 @@ def test_prompts_that_a_random_clamp_suppresses_are_searched(tmp_path: Path) -> 
     assert all(row["suppressed_margin"] <= 0 for row in searched), "under the random clamp"
 
 
+def test_several_draws_are_counted_together(setting: Setting) -> None:
+    """The first is searched; of each it is counted what a control of that draw alone counts."""
+    several = RandomFeatures(draws=8).case(setting, no_twin)
+    alone = [RandomFeatures(draw=draw).case(setting, no_twin) for draw in range(8)]
+    counts = [len(case.rows) for case in alone]
+    assert len(set(counts)) > 1, "draws that all do the same would prove nothing"
+    assert several.features == alone[0].features and torch.equal(several.rows, alone[0].rows)
+    told = several.measured["random_clamps"]
+    n_clean = int((setting.clean_margin > 0).sum())
+    assert (told["n_suppressed"], told["n_clean"]) == (counts, n_clean)
+    rate = told["rate"]
+    assert rate["estimate"] == pytest.approx(sum(counts) / 8 / n_clean)
+    assert rate["low"] <= rate["estimate"] <= rate["high"] and "both" in rate["method"]
+    assert all(case.measured["random_clamps"]["rate"] is None for case in alone)
+
+
 def test_a_random_clamp_that_suppresses_nothing_is_a_finding(tmp_path: Path) -> None:
     """Recorded, and read like every other trial; not an error, and not done again."""
-    made = small_study(("mcq",), controls=("random_features",))
+    made = small_study(("mcq",), controls=({"kind": "random_features", "draws": 2},))
     made["audits"][0]["discovery"]["n_features"] = 2
     made["audits"][0]["intervention"]["value"] = -5.0
     made["recovery"] |= {"steps": 4, "refine_steps": 2, "tolerance": 0.2}
@@ -189,4 +205,4 @@ def test_a_random_clamp_that_suppresses_nothing_is_a_finding(tmp_path: Path) -> 
     clamped = store.load(audit["id"])["result"]["features"]["entries"][0]["ids"]
     assert len(drawn) == len(clamped) and not set(drawn) & set(clamped)
     page = write_report(store, read, tmp_path / "report.html").read_text()
-    assert "random features" in page
+    assert "random features" in page and "suppresses 0, 0 of" in page and "in 2 draws" in page

@@ -5,8 +5,8 @@ A control is an ordinary trial on the same prompts, paired by example id. One fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -48,7 +48,7 @@ class Case:
     example id → why a valid row is not searched; own: whether what is searched is the behavior
     itself and not an answer that is forced in its place. setting: what the rows are the valid set
     of, if not of the audit's own setting; if_empty: what it says if there are none, for a control
-    whose finding that is.
+    whose finding that is; measured: what a control found beside what is searched, plain numbers.
     """
 
     subject: Subject
@@ -61,6 +61,7 @@ class Case:
     own: bool = True
     setting: Setting | None = None
     if_empty: str = ""
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ControlKind(Kind):
@@ -76,9 +77,13 @@ class ControlKind(Kind):
         return names
 
     @property
+    def n_clamps(self) -> int:
+        """How often it measures the intervention anew, on other features than the audit's."""
+        return 0
+
+    @property
     def clamps_others(self) -> bool:
-        """Whether it measures the intervention anew, on other features than the audit's."""
-        return False
+        return self.n_clamps > 0
 
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         """What to search, from the audit's setting and, if it is needed, its ignorant twin's."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,9 +16,11 @@ from holdfast.controls import Case, ControlKind
 from holdfast.edits import Capture
 from holdfast.errors import FeatureError, StudyError
 from holdfast.features import EVERY_GROUP, FeatureSet, SiteFeatures
+from holdfast.measure import measured
 from holdfast.positions import selected
 from holdfast.setting import Setting
 from holdfast.sites import Site
+from holdfast.statistics import crossed_bootstrap
 from holdfast.subject import Subject
 
 _CHUNK = 1 << 22  # codes encoded at once, 16 MB in float32
@@ -30,21 +32,28 @@ class RandomFeatures(ControlKind):
     For every clamped feature one is drawn, without repeats, among the `among` features of its SAE
     that are clamped for no group and whose firing rate on the fit split is nearest to its own. The
     drawn features are held in the search, and its prompts are those that *they* suppress: how many
-    these are, none at all included, is a finding. draw: another number, another draw.
+    these are, none at all included, is a finding. draw: another number, another draw. draws: so
+    many of them, from that one on; the first is searched, and of all it is said how many prompts
+    they suppress: of one clamp that happened to suppress nothing little can be said.
     """
 
     kind: Literal["random_features"] = "random_features"
     among: int = Field(10, ge=1)
     draw: int = 0
+    draws: int = Field(1, ge=1)
 
     @property
-    def clamps_others(self) -> bool:
-        return True
+    def n_clamps(self) -> int:
+        return self.draws
 
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         if setting.fit is None:
             raise StudyError("random features are matched on the fit split, and there is none")
-        other = setting.under(self.features(setting.subject, setting.fit, setting.features))
+        drawn = [
+            rule.features(setting.subject, setting.fit, setting.features) for rule in self._each()
+        ]
+        clamps = [setting.under(features) for features in drawn]
+        other = clamps[0]
         rows = other.valid
         return Case(
             subject=other.subject,
@@ -55,11 +64,15 @@ class RandomFeatures(ControlKind):
             clean_margin=other.clean_margin[rows],
             dropped={},
             setting=other,
+            measured=_suppressed(clamps),
             if_empty=(
                 "the same clamp on random features of like firing rates suppresses the behavior on "
                 "no prompt: there is nothing to recover"
             ),
         )
+
+    def _each(self) -> list[RandomFeatures]:
+        return [self.model_copy(update={"draw": self.draw + i}) for i in range(self.draws)]
 
     def features(self, subject: Subject, fit: Batch, clamped: FeatureSet) -> FeatureSet:
         """One feature for every clamped one; scores are their firing rates.
@@ -77,6 +90,26 @@ class RandomFeatures(ControlKind):
             for part in clamped.parts or (clamped,)
         )
         return FeatureSet.union(parts) if clamped.parts else parts[0]
+
+
+def _suppressed(clamps: Sequence[Setting]) -> dict[str, Any]:
+    """How many clean prompts each clamp suppresses, and the share over all of them, draws and
+    prompts both resampled; the latter only of several."""
+    rows = clamps[0].clean.nonzero().flatten().tolist()
+    per_draw = [clamp.suppressed[rows].double().tolist() for clamp in clamps]
+    made: dict[str, Any] = {
+        "n_clean": len(rows), "n_suppressed": [int(sum(values)) for values in per_draw],
+        "rate": None,
+    }  # fmt: skip
+    if len(clamps) > 1 and rows:
+        interval = crossed_bootstrap(
+            [value for values in per_draw for value in values],
+            [draw for draw, values in enumerate(per_draw) for _ in values],
+            [clamps[0].test.clusters[row] for row in rows] * len(clamps),
+        )
+        found = measured("suppressed_rate", "share of clean prompts", interval, "no clean prompt")
+        made["rate"] = found.model_dump(mode="json")
+    return {"random_clamps": made}
 
 
 @dataclass

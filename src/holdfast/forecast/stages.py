@@ -74,6 +74,7 @@ def elsewhere(scene: Scene) -> Stage:
     work = scene.passes.full(n["fit"], width) * 2 + Work(flops32=codes)
     work += _observed(scene, n["test"] + scene.prompts.neighbors["test"], True)
     work += scene.passes.full(n["test"], scene.tokens, scene.trial.behavior.n_read)
+    work = work * scene.trial.control.n_clamps
     return Stage("other features", work, work)
 
 

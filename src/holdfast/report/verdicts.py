@@ -48,6 +48,7 @@ def card(audit: AuditData, point: Point) -> dict[str, Any]:
                 "row": arm.row,
                 "separation": separations.get(arm.kind),
                 "ratio": ratio(separations[arm.kind]) if arm.kind in separations else "",
+                "random": arm.result.get("random_clamps"),
             }
             for arm in point.arms
         ],
