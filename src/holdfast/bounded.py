@@ -89,15 +89,11 @@ def bounded(
             _of_slots(sae, x[i], delta[i], noise[i], basis, most, dtype)
             for i in torch.arange(n * p, device=x.device).split(_at_once(sae))
         ]
-        made = {
-            name: tuple(
-                torch.cat(column) for column in zip(*(m[name] for m in pieces), strict=True)
-            )
-            for name in pieces[0]
-        }
-        for name, (part, rank, within) in made.items():
-            pieces = (part.view(n, p, -1), rank.view(n, p), within.view(n, p, -1))
-            laid.setdefault(name, []).append(pieces)
+        for name in pieces[0]:
+            joined = (torch.cat(c) for c in zip(*(made[name] for made in pieces), strict=True))
+            part, rank, within = joined
+            own = (part.view(n, p, -1), rank.view(n, p), within.view(n, p, -1))
+            laid.setdefault(name, []).append(own)
     return {
         name: Bounded(*(torch.cat(column, 1) for column in zip(*sites, strict=True)))
         for name, sites in laid.items()
