@@ -83,25 +83,33 @@ def bounded(
         noise = drawn[:, index * p : (index + 1) * p].flatten(0, 1)
         basis = None if components is None else components.basis[site]
         x, there = h.flatten(0, 1), (found.positions >= 0).flatten()
-        made = _of_site(sae, x, delta, there, noise, basis, atoms, found.case.subject.model.dtype)
-        for name, (part, rank, within) in made.items():
-            pieces = (part.view(n, p, -1), rank.view(n, p), within.view(n, p, -1))
-            laid.setdefault(name, []).append(pieces)
+        dtype = found.case.subject.model.dtype
+        most = max(1, min(atoms, round(_l0(sae, x[there]))))
+        pieces = [
+            _of_slots(sae, x[i], delta[i], noise[i], basis, most, dtype)
+            for i in torch.arange(n * p, device=x.device).split(_at_once(sae))
+        ]
+        for name in pieces[0]:
+            joined = (torch.cat(c) for c in zip(*(made[name] for made in pieces), strict=True))
+            part, rank, within = joined
+            own = (part.view(n, p, -1), rank.view(n, p), within.view(n, p, -1))
+            laid.setdefault(name, []).append(own)
     return {
-        name: Bounded(*(torch.cat(column, 1) for column in zip(*pieces, strict=True)))
-        for name, pieces in laid.items()
+        name: Bounded(*(torch.cat(column, 1) for column in zip(*sites, strict=True)))
+        for name, sites in laid.items()
     }
 
 
-def _of_site(
-    sae: SAE, h: Tensor, delta: Tensor, there: Tensor, noise: Tensor, components: Tensor | None,
-    atoms: int, dtype: torch.dtype,
+def _of_slots(
+    sae: SAE, h: Tensor, delta: Tensor, noise: Tensor, components: Tensor | None, atoms: int,
+    dtype: torch.dtype,
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """name → part [m d], rank [m], noise [m d] at the m slots of a site."""
-    active, l0 = _active(sae, h, delta, there, dtype)
+    """name → part [m d], rank [m], noise [m d] at m slots of a site."""
+    moved = (h + delta).to(dtype).float()
+    active = (sae.encode(h) > 0) | (sae.encode(moved) > 0)
     vectors = torch.stack([delta.double(), noise.double()], 1)  # [m 2 d]
     columns = sae.inputs.fold(sae.W_enc) if sae.inputs.affine else sae.W_enc
-    code = pursue(delta, sae.W_dec, max(1, min(atoms, round(l0))))
+    code = pursue(delta, sae.W_dec, atoms)
     bases: dict[str, Iterator[Tensor]] = {
         "seen": (_basis(sae.W_dec[on].T) for on in active),
         "sparse": (_basis(sae.W_dec[own[own >= 0]].T) for own in code.atoms),
@@ -123,19 +131,15 @@ def _of_site(
     return made
 
 
-def _active(
-    sae: SAE, h: Tensor, delta: Tensor, there: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, float]:
-    """[m n_features] bool: active with or without the vector; and how many are, without it, in the
-    mean over slots that are there."""
-    either, count = [], []
-    for x, moved in zip(
-        *(v.split(max(1, _ENTRIES // sae.n_features)) for v in (h, h + delta)), strict=True
-    ):
-        before = sae.encode(x) > 0
-        either.append(before | (sae.encode(moved.to(dtype).float()) > 0))
-        count.append(before.sum(1))
-    return torch.cat(either), float(torch.cat(count)[there].double().mean())
+def _at_once(sae: SAE) -> int:
+    """Slots whose codes are held at a time."""
+    return max(1, _ENTRIES // sae.n_features)
+
+
+def _l0(sae: SAE, h: Tensor) -> float:
+    """How many features are active at residuals h [m d], mean."""
+    active = [(sae.encode(x) > 0).sum(1) for x in h.split(_at_once(sae))]
+    return float(torch.cat(active).double().mean())
 
 
 def _basis(columns: Tensor) -> Tensor:

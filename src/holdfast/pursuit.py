@@ -8,13 +8,13 @@ is never longer than the vector.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 _ENTRIES = 2**24
-"""Correlations held at a time: 64 MB in float32."""
+"""Numbers held at a time: correlations with rows, or rows that are in use."""
 
 ROUNDS = 1e-9
 """Of a vector's norm: a correlation below it is rounding."""
@@ -33,10 +33,12 @@ class Code:
 def pursue(targets: Tensor, rows: Tensor, k: int) -> Code:
     """Codes of at most k rows for targets [m d] over rows [n_rows d]; fewer where no row is left
     that points along what remains."""
+    (m, d), k = targets.shape, min(k, len(rows))
+    if m > (size := max(1, _ENTRIES // (k * d))):
+        codes = [pursue(some, rows, k) for some in targets.split(size)]
+        return Code(*(torch.cat([getattr(c, f.name) for c in codes]) for f in fields(Code)))
     x, device = targets.double(), targets.device
-    m, d = x.shape
     length = rows.norm(dim=1)
-    k = min(k, len(rows))
     atoms = torch.full((m, k), -1, dtype=torch.long, device=device)
     units = torch.zeros(m, k, d, dtype=torch.float64, device=device)
     weights = torch.zeros(m, k, dtype=torch.float64, device=device)

@@ -105,6 +105,18 @@ def test_a_sparse_code_has_few_rows_and_no_more_than_are_active(
     assert (more.part.norm(dim=-1) >= made["sparse"].part.norm(dim=-1) - 1e-9).all()
 
 
+def test_chunks_change_nothing(
+    found: Recovered,
+    components: Components,
+    made: dict[str, Bounded],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("holdfast.bounded._ENTRIES", 64)  # a slot at a time
+    for name, own in bounded(found, components, ATOMS, seed=0).items():
+        torch.testing.assert_close(own.part, made[name].part, atol=1e-5, rtol=1e-4)
+        assert torch.equal(own.rank, made[name].rank)
+
+
 def test_components_are_scikit_learns(found: Recovered, components: Components) -> None:
     subject, fit = found.case.subject, found.setting.fit
     read = Capture(SITE)
