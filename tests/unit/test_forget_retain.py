@@ -124,11 +124,25 @@ def test_a_corpus_is_known_by_its_content(tmp_path: Path, kind: ForgetRetain) ->
         return json.dumps(of.model_dump(mode="json", context={"identity": True}))
 
     assert str(tmp_path) not in identity(kind)
+    assert identity(ForgetRetain.model_validate_json(identity(kind))) == identity(kind)
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_text((tmp_path / "forget.jsonl").read_text())
     assert identity(kind.model_copy(update={"forget": File(path=str(moved))})) == identity(kind)
     moved.write_text(moved.read_text() + '\n{"text": "w1 w2 w3 w4 w5 w6"}')
     assert identity(kind.model_copy(update={"forget": File(path=str(moved))})) != identity(kind)
+
+
+def test_a_line_of_plain_text_is_a_text(
+    tmp_path: Path, subject: Subject, kind: ForgetRetain
+) -> None:
+    rows = map(json.loads, (tmp_path / "forget.jsonl").read_text().splitlines())
+    texts = [row["text"] for row in rows if row["text"]]
+    (tmp_path / "forget.txt").write_text("\n\n".join(texts) + "\n")
+    plain = File(path=str(tmp_path / "forget.txt"))
+    assert [row.cells for row in plain.rows(("text",))] == [{"text": text} for text in texts]
+    assert torch.equal(
+        kind.sparsity(subject, SITE, plain), kind.sparsity(subject, SITE, kind.forget)
+    )
 
 
 def test_too_few_texts_and_nothing_to_take_are_said(
