@@ -77,6 +77,12 @@ class ControlKind(Kind):
         """Whether it measures the intervention anew, on other features than the audit's."""
         return False
 
+    @property
+    def alongside(self) -> bool:
+        """Whether it searches prompts of the audit under the audit's own clamp, so that its rows
+        can be searched in one batch with the audit's."""
+        return False
+
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         """What to search, from the audit's setting and, if it is needed, its ignorant twin's."""
         raise NotImplementedError
