@@ -52,8 +52,8 @@ class Runtime:
 @dataclass(frozen=True)
 class Done:
     """A trial that ended. result: what it found, or that no prompt was left to search; seconds:
-    what it took, of what was done for its stack at once its share; unprepared: settings that it had to
-    prepare first; peak_bytes: the most that its stack held until then on a CUDA device, None on
+    what it took, of what was done for its stack at once its share; unprepared: settings that it had
+    to prepare first; peak_bytes: the most that its stack held until then on a CUDA device, None on
     the CPU, where trials share their memory with all else.
     """
 

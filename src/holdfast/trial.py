@@ -170,7 +170,7 @@ def _stack_key(trial: Trial) -> str:
             None if alike else parts["recovery"]["constraint"],
             parts["recovery"]["perturb"],
             spec.order,
-            spec.pace,
+            list(spec.pace),
         ]
     )
 
