@@ -16,8 +16,21 @@ from holdfast.problem import Lanes, Problem, relative_violation
 from holdfast.steppers import Stepper
 from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
 
-Trace = list[dict[str, float]]
-"""Per step, over the lanes still searching: counts, sums of margin and norm, largest violation."""
+
+@dataclass(frozen=True)
+class Noted:
+    """A step of n lanes that are still searching: the row of each, its margin, its norm relative to
+    the residual's, its violation, and whether it reached its goal there."""
+
+    step: int
+    rows: Tensor
+    margin: Tensor
+    norm: Tensor
+    violation: Tensor
+    reached: Tensor
+
+
+Trace = list[Noted]
 
 
 @dataclass(frozen=True)
@@ -51,13 +64,15 @@ class Ascent:
     """How n lanes ended.
 
     delta [n q d]: the first iterate to reach the goal, else the best; margin [n] of it; reached_at
-    [n]: step of the first success, -1 for none; diverged [n]: met NaN or infinity.
+    [n]: step of the first success, -1 for none; diverged [n]: met NaN or infinity; passes [n]: how
+    often the lane was run.
     """
 
     delta: Tensor
     margin: Tensor
     reached_at: Tensor
     diverged: Tensor
+    passes: Tensor
 
     @property
     def reached(self) -> Tensor:
@@ -81,7 +96,7 @@ def ascend(
     """Climb until a lane's goal is reached or the steps are used up.
 
     The step length falls linearly to `decay` times itself. Lanes that reached their goal leave the
-    batch, and so do the other lanes of the same row. Raises OutOfMemoryError.
+    batch, and so do other lanes of the same row in balls as large. Raises OutOfMemoryError.
     """
 
     def piece(index: Tensor) -> tuple[Ascent, Trace]:
@@ -93,8 +108,7 @@ def ascend(
     whole = torch.arange(len(climb), device=climb.rows.device)
     parts = problem.replay.subject.batching.over("steps", whole, piece)
     if trace is not None:
-        for _, own in parts:
-            _add(trace, own)
+        trace += [noted for _, own in parts for noted in own]
     return Ascent.join([ascent for ascent, _ in parts])
 
 
@@ -110,17 +124,22 @@ def _ascend(
     """The lanes of one piece."""
     n, device = len(climb), climb.start.device
     lanes, sets = Lanes.of(problem, climb.rows), feasible.rows(climb.rows)
+    stepper = stepper.rows(climb.rows)
     delta = sets.inside(climb.start, climb.radius, Iterate.zero(climb.start))
     best = delta.clone()
     best_margin = torch.full((n,), -torch.inf, device=device)
     reached_at = torch.full((n,), -1, device=device)
     diverged = torch.zeros(n, dtype=torch.bool, device=device)
+    passes = torch.zeros(n, dtype=torch.long, device=device)
+    # The smallest ball in which each row has got there.
+    least = torch.full((len(problem),), torch.inf, device=device)
 
     live = torch.arange(n, device=device)  # lanes still searching
     state = stepper.start(delta)
     for step in range(steps + 1):
         last = step == steps  # the final iterate is measured and not moved
         margin, gradient = _margin_and_gradient(lanes, delta, last)
+        passes[live] += 1
         finite = torch.isfinite(margin) & torch.isfinite(gradient).all(-1).all(-1)
         reached = finite & (margin >= climb.goal[live])
         better = finite & (reached | (margin > best_margin[live]))
@@ -129,26 +148,28 @@ def _ascend(
         reached_at[live[reached]] = step
         diverged[live[~finite]] = True
         if trace is not None:
-            trace.append(_noted(problem, delta, margin, climb.rows[live], reached))
+            trace.append(_noted(step, problem, delta, margin, climb.rows[live], reached))
 
-        done = climb.rows[live[reached]]
-        keep = finite & ~torch.isin(climb.rows[live], done)
+        rows, radius = climb.rows[live], climb.radius[live]
+        least.scatter_reduce_(0, rows[reached], radius[reached], "amin")
+        keep = finite & (radius < least[rows])
         if last or not keep.any():
             break
         if not keep.all():
             index = keep.nonzero().flatten()
             live, lanes, sets = live[index], lanes.rows(index), sets.rows(index)
             delta, gradient = delta[index], gradient[index]
-            state = tuple(part[index] for part in state)
+            stepper, state = stepper.rows(index), tuple(part[index] for part in state)
 
         here = Iterate(delta, step, gradient)
         if isinstance(sets, Charted):
             sets = sets.around(here)
-        here = replace(here, along=sets.tangent(gradient, here))
-        move, state = stepper.move(state, here.along)
+        along = sets.tangent(gradient, here)
+        here = replace(here, along=along)
+        move, state = stepper.move(state, along)
         rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps)
         delta = sets.inside(delta + rate[:, None, None] * move, climb.radius[live], here)
-    return Ascent(best, best_margin, reached_at, diverged)
+    return Ascent(best, best_margin, reached_at, diverged, passes)
 
 
 def _margin_and_gradient(lanes: Lanes, delta: Tensor, last: bool) -> tuple[Tensor, Tensor]:
@@ -164,26 +185,7 @@ def _margin_and_gradient(lanes: Lanes, delta: Tensor, last: bool) -> tuple[Tenso
 
 
 def _noted(
-    problem: Problem, delta: Tensor, margin: Tensor, rows: Tensor, reached: Tensor
-) -> dict[str, float]:
-    """This step's figures over the live lanes of a piece."""
+    step: int, problem: Problem, delta: Tensor, margin: Tensor, rows: Tensor, reached: Tensor
+) -> Noted:
     relative = norms(delta).flatten() / problem.reference_norm[rows]
-    return {
-        "n": len(rows),
-        "n_reached": int(reached.sum()),
-        "margin": float(margin.nan_to_num().sum()),
-        "norm": float(relative.sum()),
-        "violation": float(relative_violation(problem, delta, rows).max()),
-    }
-
-
-def _add(trace: Trace, own: Trace) -> None:
-    """Add what a piece noted to what others did, step by step."""
-    for step, noted in enumerate(own):
-        if step == len(trace):
-            trace.append(dict.fromkeys(noted, 0))
-        entry = trace[step]
-        largest = max(entry["violation"], noted["violation"])
-        for name, value in noted.items():
-            entry[name] += value
-        entry["violation"] = largest
+    return Noted(step, rows, margin, relative, relative_violation(problem, delta, rows), reached)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from holdfast.errors import SplitError
 from holdfast.readouts import Readout
@@ -117,9 +119,10 @@ class Batch:
     tokens [b s]; positions [b s] absolute, -1 for padding; bos [b]; template [b] position where the
     chat template goes on after the instruction (prompt_length without one); targets [b] answers;
     rivals [b m] answers the target must beat; alternatives [b a] answers that could be forced
-    instead; ids unique; clusters: the independent unit of each row (a question, a prompt); groups:
-    the label a feature set can be keyed by; readout: what scores answers. An answer is the index of
-    its score: of logits, a token id.
+    instead; ids unique, but where several searches of the same prompts are stacked; clusters: the
+    independent unit of each row (a question, a prompt); groups: the label a feature set can be
+    keyed by; readout: what scores answers. An answer is the index of its score: of logits, a token
+    id.
 
     forced [b t]: an answer of t tokens that is read instead of the target, -1 in front where it is
     shorter, t = 0 for none. Its tokens but the last follow the prompt in `tokens` and count as
@@ -142,9 +145,6 @@ class Batch:
 
     def __post_init__(self) -> None:
         b = len(self.ids)
-        if len(set(self.ids)) != b:
-            twice = sorted({i for i in self.ids if self.ids.count(i) > 1})
-            raise SplitError(f"example ids must be unique, these are not: {twice[:5]}")
         sizes = {
             "clusters": len(self.clusters),
             "groups": len(self.groups),
@@ -258,6 +258,51 @@ class Batch:
             follow = torch.as_tensor(list(answer[:-1]), dtype=torch.long, device=device)
             rows.append(torch.cat([prompts.tokens[row, own], follow]))
         return replace(self._padded(rows), forced=forced)
+
+    @staticmethod
+    def stacked(parts: Sequence[Batch]) -> Batch:
+        """The rows of several batches, one after another, repeats allowed; all are read by the same
+        readout, for forced answers of the same number of tokens or for none."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        answers = (first.forced is None, first.n_read)
+        assert all((part.forced is None, part.n_read) == answers for part in parts)
+        width = max(part.tokens.shape[1] for part in parts)
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        def padded(name: str, value: int) -> Tensor:
+            """Filled up on the left."""
+            rows = [getattr(part, name) for part in parts]
+            return torch.cat(
+                [functional.pad(x, (width - x.shape[1], 0), value=value) for x in rows]
+            )
+
+        def repeated(name: str) -> Tensor:
+            """Filled up with the first column: one answer more than once changes no margin."""
+            rows = [getattr(part, name) for part in parts]
+            most = max(x.shape[1] for x in rows)
+            return torch.cat(
+                [torch.cat([x, x[:, :1].expand(-1, most - x.shape[1])], 1) for x in rows]
+            )
+
+        return Batch(
+            ids=tuple(chain.from_iterable(part.ids for part in parts)),
+            clusters=tuple(chain.from_iterable(part.clusters for part in parts)),
+            groups=tuple(chain.from_iterable(part.groups for part in parts)),
+            texts=tuple(chain.from_iterable(part.texts for part in parts)),
+            tokens=padded("tokens", 0),
+            positions=padded("positions", -1),
+            bos=joined("bos"),
+            template=joined("template"),
+            targets=joined("targets"),
+            rivals=repeated("rivals"),
+            alternatives=repeated("alternatives"),
+            forced=None if first.forced is None else joined("forced"),
+            readout=first.readout,
+        )
 
     def unforced(self) -> Batch:
         """The prompts alone, read for their targets."""

@@ -1,14 +1,14 @@
 """Where trials run: on this machine, a few at a time where that is faster.
 
+What is handed out are stacks: trials whose searches are rows of one batch (`trial.stacked`).
 Operations of a small model are too short to be shared between CPU threads, so such a study runs
-several trials side by side instead, each on one thread with subjects of its own (hooks are attached
-to a subject, so two trials must never share one). Numbers do not depend on it.
+several stacks side by side instead, each on one thread with subjects of its own (hooks are attached
+to a subject, so two threads must never share one). Numbers do not depend on it.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -25,20 +25,23 @@ from holdfast.canonical import digest
 from holdfast.errors import DeviceError, EmptyValidSetError
 from holdfast.planning import Plan
 from holdfast.subject import Subject
-from holdfast.trial import Lab, SubjectIdentity, Trial, run_trial
+from holdfast.trial import Lab, SubjectIdentity, Trial, run_trials, setting_key, stacked
 
 SMALL = 20_000_000
 """Parameters below which a model counts as small. Two threads within an operation gained nothing
 for the organism on two idle cores, and cost 18 times the seconds on busy ones (docs/log.md)."""
+
+LISTEN_SECONDS = 1.0
+"""How often is asked which trials of the stacks at work have ended."""
 
 
 @dataclass(frozen=True)
 class Runtime:
     """Where and how fast, never what.
 
-    batch_size: most rows at once, 0 to find them from memory (`batching.py`). workers: trials side
-    by side, 0 for as many as there are cores if all subjects are small and on the CPU, else one.
-    command: what repeats the run, for the record.
+    batch_size: most rows at once, 0 to find them from memory (`batching.py`). workers: stacks of
+    trials side by side, 0 for as many as there are cores if all subjects are small and on the CPU,
+    else one. command: what repeats the run, for the record.
     despite_faults: go on where preflight finds what makes results wrong.
     """
 
@@ -51,10 +54,11 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Done:
-    """A trial that ended. result: what it found, or that no prompt was left to search; unprepared:
-    settings that it had to prepare first; peak_bytes: the most it held on a CUDA device, None on
-    the CPU, where trials share their memory with all else; begun_with: rows at once when it began;
-    batch_plan: as `Batching.plan` has it, at its end.
+    """A trial that ended. result: what it found, or that no prompt was left to search; seconds:
+    what it took, of what was done for its stack at once its share; unprepared: settings that it had
+    to prepare first; peak_bytes: the most that its stack held until then on a CUDA device, None on
+    the CPU, where trials share their memory with all else; begun_with: rows at once when its stack
+    began; batch_plan: as `Batching.plan` has it, at its end.
     """
 
     trial: Trial
@@ -103,43 +107,46 @@ def load_lab(
 
 
 def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> Iterator[Done]:
-    """Run the trials and yield each as it ends. lab: their subjects, loaded.
+    """Run the trials and yield each as it ends, or as its stack does. lab: their subjects, loaded.
 
     Any error but an empty valid set is raised here, after the trials at work have ended.
     """
     if not trials:
         return
     n_workers = workers_for(trials, runtime, lab)
+    stacks = stacked(trials)
     if n_workers == 1:
         with threads_for(lab, runtime):
-            for trial in trials:
-                yield _run(trial, lab)
+            for stack in stacks:
+                yield from _run(stack, lab)
         return
     labs: SimpleQueue[Lab] = SimpleQueue()
     labs.put(lab)
     for _ in range(n_workers - 1):
         labs.put(load_lab(plan, trials, runtime, lab.batching))
 
-    def on_one_thread(trial: Trial) -> Done:
+    finished: SimpleQueue[Done] = SimpleQueue()
+
+    def on_one_thread(stack: Sequence[Trial]) -> None:
         torch.set_num_threads(1)  # of the calling thread's operations
         own = labs.get()
         try:
-            return _run(trial, own)
+            for done in _run(stack, own):
+                finished.put(done)
         finally:
             labs.put(own)
 
     error: BaseException | None = None
     with ThreadPoolExecutor(n_workers) as pool:
-        pending: set[Future[Done]] = {pool.submit(on_one_thread, trial) for trial in trials}
+        pending: set[Future[None]] = {pool.submit(on_one_thread, stack) for stack in stacks}
         try:
             while pending:
-                ended, pending = wait(pending, return_when=FIRST_COMPLETED)
+                ended, pending = wait(pending, LISTEN_SECONDS, FIRST_COMPLETED)
+                while not finished.empty():
+                    yield finished.get()
                 for future in ended:
-                    if future.cancelled():
-                        continue
-                    error = error or future.exception()
-                    if future.exception() is None:
-                        yield future.result()
+                    if not future.cancelled():
+                        error = error or future.exception()
                 if error is not None:  # begin nothing more, and lose nothing that is at work
                     for future in pending:
                         future.cancel()
@@ -151,9 +158,9 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> 
 
 
 def workers_for(trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> int:
-    """How many trials run side by side."""
+    """How many stacks of trials run side by side."""
     several = min(os.cpu_count() or 1, 4) if _is_small(lab, runtime) else 1
-    return min(runtime.workers or several, len(trials))
+    return min(runtime.workers or several, len(stacked(trials)))
 
 
 @contextmanager
@@ -174,22 +181,22 @@ def _is_small(lab: Lab, runtime: Runtime) -> bool:
     return runtime.device == "cpu" and n_parameters < SMALL
 
 
-def _run(trial: Trial, lab: Lab) -> Done:
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    result: TrialResult | EmptyValidSetError
-    subjects = [trial.subject] if trial.twin is None else [trial.subject, trial.twin]
-    unprepared = tuple(each for each in subjects if not lab.has_setting(trial, each))
-    on_cuda = lab.subject(trial.subject).device.type == "cuda"
+def _run(stack: Sequence[Trial], lab: Lab) -> Iterator[Done]:
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    unprepared: dict[str, tuple[SubjectIdentity, ...]] = {}
+    seen: set[str] = set()
+    for trial in stack:  # the first that needs a setting prepares it
+        own = [each for each in (trial.subject, trial.twin) if each is not None]
+        keys = {setting_key(trial, each): each for each in own if not lab.has_setting(trial, each)}
+        unprepared[trial.id] = tuple(each for key, each in keys.items() if key not in seen)
+        seen |= keys.keys()
+    on_cuda = lab.subject(stack[0].subject).device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     begun_with = lab.batching.sizes
-    try:
-        result = run_trial(trial, lab)
-    except EmptyValidSetError as error:
-        result = error
-    seconds = round(time.perf_counter() - clock, 3)
-    peak = torch.cuda.max_memory_allocated() if on_cuda else None
-    return Done(
-        trial, result, started, seconds, torch.get_num_threads(), unprepared, peak, begun_with,
-        lab.batching.plan(),
-    )  # fmt: skip
+    for ended in run_trials(stack, lab):
+        peak = torch.cuda.max_memory_allocated() if on_cuda else None
+        yield Done(
+            ended.trial, ended.result, started, round(ended.seconds, 3), torch.get_num_threads(),
+            unprepared[ended.trial.id], peak, begun_with, lab.batching.plan(),
+        )  # fmt: skip

@@ -18,6 +18,10 @@ State = tuple[Tensor, ...]
 class Stepper(Protocol):
     """A step rule."""
 
+    def rows(self, rows: Tensor) -> Stepper:
+        """The rule of some rows, in the order given; repeats are allowed."""
+        ...
+
     def start(self, delta: Tensor) -> State:
         """The state before the first step of iterates [n p d]."""
         ...
@@ -39,6 +43,9 @@ class Steepest:
 
     momentum: float = 0.5
 
+    def rows(self, rows: Tensor) -> Steepest:
+        return self
+
     def start(self, delta: Tensor) -> State:
         return (torch.zeros_like(delta),)
 
@@ -54,6 +61,9 @@ class Adam:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+
+    def rows(self, rows: Tensor) -> Adam:
+        return self
 
     def start(self, delta: Tensor) -> State:
         zero = torch.zeros_like(delta)

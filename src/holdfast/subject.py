@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from holdfast.batch import Batch, Example, Frame
 from holdfast.batching import Batching, Work
 from holdfast.edits import Edit, Placed
-from holdfast.errors import NonFiniteError, SAEError, SubjectError
+from holdfast.errors import NonFiniteError, SAEError, SplitError, SubjectError
 from holdfast.families import Family, d_model_of, family_of
 from holdfast.hooks import AttachedEdits
 from holdfast.loading import SubjectSpec, load_model
@@ -155,9 +156,13 @@ class Subject:
     def batch(self, examples: Sequence[Example], readout: Readout = LOGITS) -> Batch:
         """Tokenize, left-pad, and number positions from 0.
 
-        Raises SubjectError on a doubled BOS or for an answer that the readout does not score,
-        ContextError on a prompt longer than the model reads.
+        Raises SplitError on an example id that is there twice, SubjectError on a doubled BOS or for
+        an answer that the readout does not score, ContextError on a prompt longer than the
+        model reads.
         """
+        twice = [name for name, n in Counter(example.id for example in examples).items() if n > 1]
+        if twice:
+            raise SplitError(f"example ids must be unique, these are not: {sorted(twice)[:5]}")
         bos = self.tokenizer.bos_token_id
         rows = [self.encode(example) for example in examples]
         for example, row in zip(examples, rows, strict=True):

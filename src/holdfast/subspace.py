@@ -28,6 +28,13 @@ class Iterate:
         """Before the first step."""
         return cls(torch.zeros_like(like))
 
+    def rows(self, rows: Tensor) -> Iterate:
+        """Some of the lanes."""
+        return Iterate(
+            self.delta[rows], self.step, None if self.gradient is None else self.gradient[rows],
+            None if self.along is None else self.along[rows],
+        )  # fmt: skip
+
 
 class FeasibleSet(Protocol):
     """Where the search may go, for n rows; 0 is in it, and what is in it is so scaled down, up to

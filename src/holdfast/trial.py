@@ -6,6 +6,8 @@ Read `attacks/residual.py` next: what an audit's own search does, again as a str
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,15 +143,99 @@ def setting_key(trial: Trial, identity: SubjectIdentity) -> str:
     return digest([identity.model_dump(mode="json"), *(parts[name] for name in names)])
 
 
+def stacked(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
+    """Trials that are best run together, in the order of the first of each.
+
+    Searches of one setting that differ in constraint, target, budget or goal can be rows of one
+    batch, but for constraints with passes of their own, which share a batch with their like alone,
+    and controls with prompts or edits of their own. Who is searched beside whom does not depend on
+    where a study runs.
+    """
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(_stack_key(trial), []).append(trial)
+    return [tuple(group) for group in groups.values()]
+
+
+def _stack_key(trial: Trial) -> str:
+    """What trials of one stack have in common."""
+    spec = trial.recovery
+    if spec is None:
+        return trial.id
+    parts = trial.canonical()
+    n_sites = len(spec.perturb.sites) or len(trial.subject.saes)
+    alike = spec.constraint.repeats(n_sites) == (0, 0)
+    return digest(
+        [
+            setting_key(trial, trial.subject),
+            parts["attack"],
+            None if trial.control.alongside else [parts["control"], parts["twin"]],
+            None if alike else parts["recovery"]["constraint"],
+            parts["recovery"]["perturb"],
+            parts["recovery"]["objective"],
+            spec.order,
+            list(spec.pace),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial that ended: what it found, or that no prompt was left to search; and the seconds it
+    took, of what was done for several at once its share."""
+
+    trial: Trial
+    result: TrialResult | EmptyValidSetError
+    seconds: float
+
+
 def run_trial(trial: Trial, lab: Lab) -> TrialResult:
-    """clean → suppressed → valid, then the attack: recovered → verified (`attacks/residual.py`)."""
+    """One trial by itself. Raises EmptyValidSetError if it has no prompt to search."""
+    (ended,) = run_trials([trial], lab)
+    if isinstance(ended.result, EmptyValidSetError):
+        raise ended.result
+    return ended.result
+
+
+def run_trials(trials: Sequence[Trial], lab: Lab) -> Iterator[Ended]:
+    """clean → suppressed → valid, then the attack: recovered → verified (`attacks/residual.py`).
+
+    trials: one stack; each is yielded as it ends.
+    """
+    ready: list[tuple[Trial, Attacked, float]] = []
+    cases: dict[str, Case] = {}
+    for trial in trials:
+        clock = time.perf_counter()
+        try:
+            made = _prepared(trial, lab, cases)
+        except EmptyValidSetError as error:
+            yield Ended(trial, error, time.perf_counter() - clock)
+            continue
+        seconds = time.perf_counter() - clock
+        if isinstance(made, Attacked):
+            ready.append((trial, made, seconds))
+        else:
+            yield Ended(trial, made, seconds)
+    if ready:
+        attack = ready[0][0].attack
+        for index, result in attack.run_together([attacked for _, attacked, _ in ready]):
+            trial, _, seconds = ready[index]
+            yield Ended(trial, result, seconds + result.seconds)
+
+
+def _prepared(trial: Trial, lab: Lab, cases: dict[str, Case]) -> Attacked | TrialResult:
+    """What the trial's attack is given, or what there is to say where nothing is to be searched.
+    cases: those that other trials of the stack have made, by control."""
     setting = lab.setting(trial, trial.subject)
-    case = trial.control.case(setting, lambda: lab.twin_setting(trial))
+    key = digest(trial.canonical()["control"])
+    if key not in cases:
+        cases[key] = trial.control.case(setting, lambda: lab.twin_setting(trial))
+    case = cases[key]
     setting = case.setting or setting
     if not len(case.rows) and case.if_empty:
         return TrialResult(unsearched(setting, case), {}, unsearched_examples(setting, case))
     _require_prompts(trial, setting, case)
-    return trial.attack.run(Attacked(setting, case, trial.recovery, trial.seed, trial.paths))
+    return Attacked(setting, case, trial.recovery, trial.seed, trial.paths)
 
 
 def _require_prompts(trial: Trial, setting: Setting, case: Case) -> None:

@@ -19,10 +19,13 @@ from holdfast.constraints.gradient_projection import GradientProjection
 from holdfast.constraints.unconstrained import Unconstrained
 from holdfast.edits import FeatureEdit
 from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.harder import _starts
+from holdfast.outcome import Best
 from holdfast.problem import Problem, relative_violation
-from holdfast.recovery import RecoverySpec, _starts, recover
+from holdfast.recovery import RecoverySpec, recover
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
+from holdfast.stack import Search, Stack
 from holdfast.steppers import Adam
 from holdfast.subject import Subject
 from holdfast.subspace import Iterate, NullSpace, norms
@@ -51,6 +54,10 @@ class LinearReplay:
     @property
     def sites(self) -> tuple[Site, ...]:
         return (SITE,)
+
+    @property
+    def hold(self) -> dict[Site, object]:
+        return {}
 
     @property
     def reference(self) -> dict[Site, Tensor]:
@@ -295,9 +302,8 @@ def test_a_rate_that_still_grows_leaves_the_rest_undecided() -> None:
         slopes, torch.tensor([-1.6 * gained, -20.0]), torch.tensor([1e-6, 1e-6]), radius
     )
     spec = RecoverySpec(constraint=Unconstrained(), steps=steps, lr=lr, doublings=1)
-    starts = _starts(
-        problem, problem, Unconstrained().feasible(problem), spec, 0, torch.tensor([0])
-    )
+    stack = Stack.of(problem, [Search(2, spec, seed=0)])
+    starts = _starts(stack, torch.tensor([0]), 0, Best.none(problem.shape, torch.device("cpu")))
     assert starts.start[:, 0, 0].max() < 1.6 * gained, "the fixture: no start is there already"
     found = recover(problem, spec, seed=0)
     assert found.outcomes == ("recovered", "undecided")

@@ -8,7 +8,9 @@ soft suffix, which sees activations and moves only the prompt's side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, SerializeAsAny
@@ -57,11 +59,16 @@ class Attacked:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a trial found: `result` of the record, the saved tensors, and rows for every prompt."""
+    """What a trial found: `result` of the record, the saved tensors, and rows for every prompt.
+
+    seconds: what the attack took; its share of what was done for several at once, by the lanes that
+    were run. NaN where nobody looked.
+    """
 
     result: dict[str, Any]
     tensors: dict[str, Tensor]
     examples: list[dict[str, Any]]
+    seconds: float = float("nan")
 
 
 class AttackKind(Kind):
@@ -105,6 +112,16 @@ class AttackKind(Kind):
     def run(self, attacked: Attacked) -> TrialResult:
         """Attack every audited prompt with the intervention on, and say what came back."""
         raise NotImplementedError
+
+    def run_together(self, attacked: Sequence[Attacked]) -> Iterator[tuple[int, TrialResult]]:
+        """Attack several times, and yield each result as it is made, with its place in the order.
+
+        One after the other, unless the attack knows how to do what they have in common once.
+        """
+        for index, each in enumerate(attacked):
+            clock = time.perf_counter()
+            result = self.run(each)
+            yield index, replace(result, seconds=time.perf_counter() - clock)
 
 
 def as_kind(value: Any) -> Any:

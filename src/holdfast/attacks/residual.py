@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from holdfast.attacks import Attacked, AttackKind, Listed, TrialResult
+from holdfast.batch import Batch
 from holdfast.controls import Case
 from holdfast.edits import Perturbation
 from holdfast.errors import StudyError
@@ -16,13 +20,18 @@ from holdfast.generality import between_orders
 from holdfast.paths import follow
 from holdfast.positions import check_possible, selected
 from holdfast.problem import Problem
-from holdfast.recovery import RecoverySpec, recover
+from holdfast.recovery import Recovery, RecoverySpec, recover_together
 from holdfast.regain import regain
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
+from holdfast.stack import Search
 from holdfast.variants import Recovered
 from holdfast.verify import margin_in_order, verify
+
+MOST_ROWS = 512
+"""Rows that are searched together at most: a batch of so many is full, and more would gain little
+and keep records waiting."""
 
 
 class Residual(AttackKind):
@@ -36,82 +45,150 @@ class Residual(AttackKind):
     listed: ClassVar[Listed] = "trials"
 
     def run(self, attacked: Attacked) -> TrialResult:
-        """posed → recovered → verified → read as the behavior reads every other condition → through
-        what it went."""
-        setting, case, spec = attacked.setting, attacked.case, attacked.recovery
-        assert spec is not None
-        problem = pose(spec, case)
-        recovery = recover(problem, spec, attacked.seed)
-        perturbation = Perturbation(
-            case.batch.ids, _positions(spec, case), problem.replay.parts(recovery.delta)
+        """What `run_together` does with one."""
+        ((_, result),) = self.run_together([attacked])
+        return result
+
+    def run_together(self, attacked: Sequence[Attacked]) -> Iterator[tuple[int, TrialResult]]:
+        """posed → recovered, of all that can share a pass at once; then each verified → read as the
+        behavior reads every other condition → through what it went."""
+        for members in _sharing(attacked):
+            clock = time.perf_counter()
+            own = [attacked[member] for member in members]
+            specs = [_spec(each) for each in own]
+            problem = pose_together(specs, [each.case for each in own])
+            searches = [
+                Search(len(each.case.rows), spec, each.seed)
+                for each, spec in zip(own, specs, strict=True)
+            ]
+            recoveries = recover_together(problem, searches)
+            searched = time.perf_counter() - clock
+            whole = sum(int(recovery.lane_steps.sum()) for recovery in recoveries)
+            begin = 0
+            for member, each, recovery in zip(members, own, recoveries, strict=True):
+                clock = time.perf_counter()
+                rows = torch.arange(
+                    begin, begin + len(each.case.rows), device=recovery.steps.device
+                )
+                begin += len(rows)
+                alone = problem if len(own) == 1 else problem.rows(rows)
+                share = int(recovery.lane_steps.sum()) / whole if whole else 1 / len(own)
+                made = _finished(each, replace(alone, batch=each.case.batch), recovery)
+                seconds = share * searched + time.perf_counter() - clock
+                yield member, replace(made, seconds=seconds)
+
+
+def _spec(attacked: Attacked) -> RecoverySpec:
+    assert attacked.recovery is not None, "a trial that searches has a recovery"
+    return attacked.recovery
+
+
+def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> TrialResult:
+    """What there is to say of a recovery."""
+    setting, case, spec = attacked.setting, attacked.case, _spec(attacked)
+    perturbation = Perturbation(
+        case.batch.ids, _positions(spec, case), problem.replay.parts(recovery.delta)
+    )
+    clamp_first = spec.order == "clamp_then_perturbation"
+    checks = verify(
+        case.subject,
+        case.batch,
+        case.edits,
+        perturbation,
+        problem.held,
+        {site: case.features.median_active(site) for site in problem.held},
+        clamp_first,
+    )
+    turned = margin_in_order(case.subject, case.batch, case.edits, perturbation, not clamp_first)
+    regained = regain(setting, case, problem, perturbation, checks, clamp_first)
+    paths = None
+    if attacked.paths is not None:
+        back = regained.recovered.nonzero().flatten()
+        own = Recovered.of(
+            setting, case, problem, spec, recovery.delta, perturbation.positions, back
         )
-        clamp_first = spec.order == "clamp_then_perturbation"
-        checks = verify(
-            case.subject,
-            case.batch,
-            case.edits,
-            perturbation,
-            problem.held,
-            {site: case.features.median_active(site) for site in problem.held},
-            clamp_first,
-        )
-        turned = margin_in_order(
-            case.subject, case.batch, case.edits, perturbation, not clamp_first
-        )
-        regained = regain(setting, case, problem, perturbation, checks, clamp_first)
-        paths = None
-        if attacked.paths is not None:
-            back = regained.recovered.nonzero().flatten()
-            own = Recovered.of(
-                setting, case, problem, spec, recovery.delta, perturbation.positions, back
-            )
-            paths = follow(own, attacked.paths, attacked.seed, back)
-            if attacked.paths.orders:
-                paths.record["orders"] = between_orders(own, attacked.paths.scales)
-        found = Found(
-            setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained,
-            paths,
-        )  # fmt: skip
-        return TrialResult(
-            result=result_of(found),
-            tensors={
-                "positions": perturbation.positions,
-                **{str(site): delta for site, delta in perturbation.deltas.items()},
-                **case.batch.readout.tensors,
-            },
-            examples=examples_of(found),
-        )
+        paths = follow(own, attacked.paths, attacked.seed, back)
+        if attacked.paths.orders:
+            paths.record["orders"] = between_orders(own, attacked.paths.scales)
+    found = Found(
+        setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained, paths
+    )
+    return TrialResult(
+        result=result_of(found),
+        tensors={
+            "positions": perturbation.positions,
+            **{str(site): delta for site, delta in perturbation.deltas.items()},
+            **case.batch.readout.tensors,
+        },
+        examples=examples_of(found),
+    )
 
 
 def pose(spec: RecoverySpec, case: Case) -> Problem:
     """The search problem of a case. Raises StudyError if no held feature could be moved."""
+    return pose_together([spec], [case])
+
+
+def pose_together(specs: Sequence[RecoverySpec], cases: Sequence[Case]) -> Problem:
+    """The rows of several cases, one after another, as one problem: the same prompts under the same
+    edits, perturbed at the same sites and positions, to goals and budgets of their own."""
+    spec, case = specs[0], cases[0]
     sites = _sites(spec, case)
     clamp_first = spec.order == "clamp_then_perturbation"
+    batch = Batch.stacked([each.batch for each in cases])
     replay = Replay.record(
         case.subject,
-        case.batch,
+        batch,
         sites,
-        _positions(spec, case),
+        torch.cat([_positions(spec, each) for each in cases]),
         before=case.edits if clamp_first else (),
         after=() if clamp_first else case.edits,
         watch=[site for site in case.features.sites if site >= sites[0]],
     )
     reference = replay.residual().norm(dim=(1, 2))
-    radius = torch.full_like(reference, spec.budget.absolute or 0.0)
-    if spec.budget.relative is not None:
-        radius = spec.budget.relative * reference
+    counts = [len(each.rows) for each in cases]
+    radius = [
+        budget.relative * own if budget.relative is not None
+        else torch.full_like(own, budget.absolute or 0.0)
+        for budget, own in zip([s.budget for s in specs], reference.split(counts), strict=True)
+    ]  # fmt: skip
     return Problem(
         replay=replay,
-        batch=case.batch,
-        goal=spec.stop.clean_margin * case.clean_margin,
+        batch=batch,
+        goal=torch.cat(
+            [s.stop.clean_margin * each.clean_margin for s, each in zip(specs, cases, strict=True)]
+        ),
         held={
             site: FeatureBank.of(case.subject.sae(site), case.features)
             for site in case.features.sites
         },
         reference_norm=reference,
-        radius=radius,
+        radius=torch.cat(radius),
         objective=spec.objective,
     )
+
+
+def _sharing(attacked: Sequence[Attacked]) -> list[list[int]]:
+    """Which of them can be rows of one batch, in order: alike in what a pass is made of and in how
+    long they search, under constraints that may share their steps, and no more rows than fill it.
+    """
+    groups: dict[Any, list[list[int]]] = {}
+    for index, each in enumerate(attacked):
+        case, spec = each.case, _spec(each)
+        kind, n_sites = spec.constraint, len(_sites(spec, case))
+        apart = None if kind.repeats(n_sites) == (0, 0) else kind
+        key = (
+            id(case.subject), tuple(map(id, case.edits)), id(case.features),
+            id(case.batch.readout), case.batch.forced is None, case.batch.n_read,
+            _positions(spec, case).shape[1], spec.perturb, spec.order, spec.pace,
+            spec.objective, apart,
+        )  # fmt: skip
+        stacks = groups.setdefault(key, [[]])
+        rows = sum(len(attacked[member].case.rows) for member in stacks[-1])
+        if stacks[-1] and rows + len(case.rows) > MOST_ROWS:
+            stacks.append([])
+        stacks[-1].append(index)
+    return [members for stacks in groups.values() for members in stacks]
 
 
 def _sites(spec: RecoverySpec, case: Case) -> tuple[Site, ...]:

@@ -157,7 +157,8 @@ class HeldInPlace:
             over = length > radius * (1 + SLACK)
             if not over.any():
                 return kept
-            shrunk = torch.where(over, radius / length * (1 - 0.02 * attempt), 1.0)
-            kept = self.retract(kept * shrunk[:, None, None])
+            shrunk = self.retract(kept * (radius / length * (1 - 0.02 * attempt))[:, None, None])
+            # Rows that fit stay as they are, or what they find would depend on those beside them.
+            kept = torch.where(over[:, None, None], shrunk, kept)
         over = norms(kept).flatten() > radius * (1 + SLACK)
         return torch.where(over[:, None, None], 0.0, kept)

@@ -125,7 +125,7 @@ class JacobianNull(ConstraintKind):
     def repeats(self, n_sites: int) -> tuple[int, int]:
         return REPEATS
 
-    def feasible(self, problem: Problem) -> Level:
+    def feasible(self, problem: Problem) -> Level | Framed:
         """Raises ConstraintError where the clamped sites lie below the perturbed ones, or where an
         SAE's features do not follow from encoder directions."""
         check_affine(problem, self.kind)

@@ -85,6 +85,12 @@ class ControlKind(Kind):
     def clamps_others(self) -> bool:
         return self.n_clamps > 0
 
+    @property
+    def alongside(self) -> bool:
+        """Whether it searches prompts of the audit under the audit's own clamp, so that its rows
+        can be searched in one batch with the audit's."""
+        return False
+
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         """What to search, from the audit's setting and, if it is needed, its ignorant twin's."""
         raise NotImplementedError

@@ -14,6 +14,10 @@ class NoControl(ControlKind):
 
     kind: Literal["none"] = "none"
 
+    @property
+    def alongside(self) -> bool:
+        return True
+
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         rows = setting.valid
         return Case(

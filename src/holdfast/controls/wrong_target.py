@@ -20,6 +20,10 @@ class WrongTarget(ControlKind):
 
     kind: Literal["wrong_target"] = "wrong_target"
 
+    @property
+    def alongside(self) -> bool:
+        return True
+
     def case(self, setting: Setting, twin: Callable[[], Setting]) -> Case:
         rows = setting.valid
         asked = setting.test.rows(rows)

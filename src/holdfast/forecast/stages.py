@@ -9,7 +9,7 @@ from dataclasses import replace
 from holdfast.forecast.comparing import comparing
 from holdfast.forecast.scene import Scene
 from holdfast.forecast.work import Stage, Work, total
-from holdfast.recovery import GO_ON
+from holdfast.harder import GO_ON
 
 LIVE = 0.5
 """Share of the lanes that are still searching in an average step where everything is recovered;

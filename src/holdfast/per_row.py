@@ -1,0 +1,149 @@
+"""Rows of one batch that each answer to an owner: a set, a hold or a step rule of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from holdfast.steppers import State, Stepper
+from holdfast.subspace import FeasibleSet, Iterate
+
+
+class HasRows(Protocol):
+    def rows(self, rows: Tensor) -> Self: ...
+
+
+T = TypeVar("T", bound=HasRows)
+
+
+@dataclass(frozen=True)
+class Dealt(Generic[T]):
+    """n rows dealt to several owners: owner [n] is the part that each belongs to, and every part
+    has its own rows in the order in which they stand here."""
+
+    parts: tuple[T, ...]
+    owner: Tensor
+
+    @cached_property
+    def own(self) -> tuple[Tensor, ...]:
+        """The rows of each part, in order."""
+        return tuple((self.owner == i).nonzero().flatten() for i in range(len(self.parts)))
+
+    @cached_property
+    def _back(self) -> Tensor:
+        """[n] where each row stands if the parts' rows are laid end to end."""
+        return torch.cat(self.own).argsort()
+
+    def rows(self, rows: Tensor) -> Dealt[T]:
+        """Some rows, in the order given; repeats are allowed. Parts left without a row are gone."""
+        within = torch.cat([torch.arange(len(own), device=rows.device) for own in self.own])
+        within = within[self._back][rows]
+        owner = self.owner[rows]
+        here = owner.unique(sorted=True)
+        parts = tuple(self.parts[i].rows(within[owner == i]) for i in here.tolist())
+        return Dealt(parts, torch.searchsorted(here, owner))
+
+    def each(self, act: Callable[[T, Tensor], Tensor]) -> Tensor:
+        """[n …] from every part and its rows, put back in order."""
+        made = [act(part, own) for part, own in zip(self.parts, self.own, strict=True)]
+        return made[0] if len(made) == 1 else torch.cat(made)[self._back]
+
+
+@dataclass(frozen=True)
+class SetPerRow:
+    """A feasible set of its own for the rows of each owner."""
+
+    sets: Dealt[FeasibleSet]
+
+    @property
+    def dimension(self) -> Tensor:
+        return self.sets.each(lambda part, own: part.dimension)
+
+    def rows(self, rows: Tensor) -> SetPerRow:
+        return SetPerRow(self.sets.rows(rows))
+
+    def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:
+        return self.sets.each(lambda part, own: part.tangent(gradient[own], at.rows(own)))
+
+    def retract(self, delta: Tensor) -> Tensor:
+        return self.sets.each(lambda part, own: part.retract(delta[own]))
+
+    def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
+        return self.sets.each(
+            lambda part, own: part.inside(delta[own], radius[own], last.rows(own))
+        )
+
+
+class Hold(Protocol):
+    """What a constraint does to residuals in the forward pass, as `replay.Hold`."""
+
+    def rows(self, rows: Tensor) -> Hold: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Free:
+    """Does nothing to a residual."""
+
+    def rows(self, rows: Tensor) -> Free:
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class HoldPerRow:
+    """A hold of its own for the rows of each owner."""
+
+    holds: Dealt[Hold]
+
+    def rows(self, rows: Tensor) -> HoldPerRow:
+        return HoldPerRow(self.holds.rows(rows))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.holds.each(lambda part, own: part(x[own]))
+
+
+@dataclass(frozen=True)
+class StepperPerRow:
+    """A step rule of its own for the rows of each owner.
+
+    Every rule keeps its state for all rows, and looks at its own.
+    """
+
+    steppers: tuple[Stepper, ...]
+    owner: Tensor
+
+    @classmethod
+    def of(cls, steppers: Sequence[Stepper], owner: Tensor) -> Stepper:
+        """owner [n]: which of the steppers each row has. Equal ones become one."""
+        distinct = tuple(dict.fromkeys(steppers))
+        if len(distinct) == 1:
+            return distinct[0]
+        number = [distinct.index(stepper) for stepper in steppers]
+        return cls(distinct, torch.as_tensor(number, device=owner.device)[owner])
+
+    def rows(self, rows: Tensor) -> StepperPerRow:
+        return StepperPerRow(self.steppers, self.owner[rows])
+
+    def start(self, delta: Tensor) -> State:
+        return tuple(part for stepper in self.steppers for part in stepper.start(delta))
+
+    def move(self, state: State, gradient: Tensor) -> tuple[Tensor, State]:
+        moves, after, begin = torch.zeros_like(gradient), [], 0
+        for index, stepper in enumerate(self.steppers):
+            end = begin + len(stepper.start(gradient[:0]))
+            own = (self.owner == index).nonzero().flatten()
+            mine = state[begin:end]
+            move, changed = stepper.move(tuple(part[own] for part in mine), gradient[own])
+            moves[own] = move
+            after += [part.index_copy(0, own, new) for part, new in zip(mine, changed, strict=True)]
+            begin = end
+        return moves, tuple(after)

@@ -1,0 +1,145 @@
+"""Several searches as rows of one problem: they share every forward pass and nothing else.
+
+On a small model, or with few prompts left, a step costs what its launches cost, however many rows
+it has. So the constraints, targets and budgets of an audit are laid end to end: each row keeps the
+set, the ball, the goal and the step rule of its own search, and what it finds is what it would find
+alone, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from holdfast.constraints import ConstraintKind
+from holdfast.per_row import Dealt, Free, HoldPerRow, SetPerRow, StepperPerRow
+from holdfast.problem import Problem
+from holdfast.steppers import Stepper
+from holdfast.subspace import FeasibleSet
+
+if TYPE_CHECKING:
+    from holdfast.recovery import RecoverySpec
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search of a stack: how many of the stack's rows are its own, following those of the
+    search before; how it searches them; and the seed of its random starts."""
+
+    n: int
+    spec: RecoverySpec
+    seed: int
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A constraint, and the rows [n] of a stack that are searched inside it."""
+
+    rows: Tensor
+    problem: Problem
+    feasible: FeasibleSet
+    stepper: Stepper
+
+    @classmethod
+    def of(cls, problem: Problem, rows: Tensor, constraint: ConstraintKind) -> Posed:
+        acting = constraint.acting(problem)
+        return cls(rows, acting, constraint.feasible(acting), constraint.stepper)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """N rows, each under the constraint of its own search.
+
+    problem: with what constraints do in the forward pass; loose: without.
+    """
+
+    searches: tuple[Search, ...]
+    loose: Problem
+    problem: Problem
+    posed: tuple[Posed, ...]
+    feasible: FeasibleSet
+    stepper: Stepper
+
+    @classmethod
+    def of(cls, problem: Problem, searches: Sequence[Search]) -> Stack:
+        """searches: of all rows of the problem, alike in all but constraint, budget, goal and
+        seed. Raises ConstraintError if a constraint cannot keep its promise."""
+        assert sum(search.n for search in searches) == len(problem)
+        assert len({search.spec.pace for search in searches}) == 1, "searches of different length"
+        return cls._under([search.spec.constraint for search in searches], problem, searches)
+
+    @classmethod
+    def _under(
+        cls, kinds: Sequence[ConstraintKind], loose: Problem, searches: Sequence[Search]
+    ) -> Stack:
+        """kinds: the constraint of each search; equal ones are posed once."""
+        device = loose.goal.device
+        distinct = list(dict.fromkeys(kinds))
+        number = torch.as_tensor([distinct.index(kind) for kind in kinds], device=device)
+        counts = torch.as_tensor([search.n for search in searches], device=device)
+        owner = number.repeat_interleave(counts)
+        posed = []
+        for index, kind in enumerate(distinct):
+            rows = (owner == index).nonzero().flatten()
+            posed.append(Posed.of(loose if len(distinct) == 1 else loose.rows(rows), rows, kind))
+        if len(posed) == 1:
+            (only,) = posed
+            problem, feasible = only.problem, only.feasible
+        else:
+            problem = _acting(loose, posed, owner)
+            feasible = SetPerRow(Dealt(tuple(part.feasible for part in posed), owner))
+        stepper = StepperPerRow.of([part.stepper for part in posed], owner)
+        return cls(tuple(searches), loose, problem, tuple(posed), feasible, stepper)
+
+    def __len__(self) -> int:
+        return len(self.loose)
+
+    @property
+    def spec(self) -> RecoverySpec:
+        """How long the searches are, which is the same for all of them."""
+        return self.searches[0].spec
+
+    @property
+    def parts(self) -> Iterator[tuple[Search, slice]]:
+        """Every search with its rows."""
+        begin = 0
+        for search in self.searches:
+            yield search, slice(begin, begin + search.n)
+            begin += search.n
+
+    @property
+    def seeds(self) -> list[int]:
+        """[N] the seed of each row's search."""
+        return [search.seed for search in self.searches for _ in range(search.n)]
+
+    def looser(self) -> tuple[Stack, Tensor] | None:
+        """The same rows under constraints that contain their own, and for which of them [N] there
+        is one; None if for no row."""
+        kinds = [search.spec.constraint.looser for search in self.searches]
+        there = torch.zeros(len(self), dtype=torch.bool, device=self.loose.goal.device)
+        for (_, rows), kind in zip(self.parts, kinds, strict=True):
+            there[rows] = kind is not None
+        if not there.any():
+            return None
+        eased = [
+            search.spec.constraint if kind is None else kind
+            for search, kind in zip(self.searches, kinds, strict=True)
+        ]
+        return Stack._under(eased, self.loose, self.searches), there
+
+
+def _acting(loose: Problem, posed: Sequence[Posed], owner: Tensor) -> Problem:
+    """The rows of all constraints with what each of them does in the forward pass."""
+    own = [part.problem.replay.hold for part in posed]
+    sites = {site for holds in own for site in holds}
+    if not sites:
+        return loose
+    hold = {
+        site: HoldPerRow(Dealt(tuple(holds.get(site, Free()) for holds in own), owner))
+        for site in sites
+    }
+    return replace(loose, replay=replace(loose.replay, hold=hold))

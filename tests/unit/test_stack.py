@@ -1,0 +1,401 @@
+"""Searches that share their passes: each finds what it would find alone, and leaves when it has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from holdfast.ascent import Ascent, Climb, ascend
+from holdfast.attacks import Attacked, TrialResult
+from holdfast.attacks.residual import MOST_ROWS, _sharing, pose, pose_together
+from holdfast.batch import Example
+from holdfast.controls import Case
+from holdfast.controls.none import NoControl
+from holdfast.controls.wrong_target import WrongTarget
+from holdfast.edits import FeatureEdit
+from holdfast.errors import EmptyValidSetError
+from holdfast.executor import Runtime, execute
+from holdfast.per_row import Dealt, SetPerRow, StepperPerRow
+from holdfast.planning import plan
+from holdfast.problem import Lanes, Problem
+from holdfast.recovery import Recovery, RecoverySpec, Search, recover, recover_together
+from holdfast.saes.bank import FeatureBank
+from holdfast.setting import Setting
+from holdfast.sites import Site
+from holdfast.stack import Stack
+from holdfast.steppers import Adam, Steepest
+from holdfast.study import bundled, parse
+from holdfast.subspace import Everything, Iterate
+from holdfast.testing import tiny_batch, tiny_subject
+from holdfast.trial import Ended, Lab, Trial, run_trial, run_trials, stacked
+from tests.unit.recovered import features_at, set_up
+
+SITES = (Site(1), Site(2))
+
+ONE_SITE = (
+    "unconstrained", "gradient_projection", "encoder_null", "one_sided", "feature_floor",
+    "decoder_null", "undo_null", "random_subspace",
+)  # fmt: skip
+"""Constraints of one site, whose sets ask for no pass of their own."""
+
+APART = ("feature_hold", "feature_floor", "jacobian_null", "jacobian_probes")
+"""Constraints whose sets run the model themselves where several sites are held."""
+
+
+def a_setting(sites: Sequence[Site]) -> Setting:
+    subject = tiny_subject(sites=sites)
+    features = features_at(sites)
+    banks = [FeatureBank.of(subject.sae(site), features) for site in sites]
+    clamps = tuple(FeatureEdit(bank, "set_where_active", -2.0) for bank in banks)
+    return set_up(subject, tiny_batch(subject, 6), features, clamps, gain=2.0)
+
+
+@pytest.fixture(scope="module")
+def one_site() -> Setting:
+    return a_setting(SITES[1:])
+
+
+@pytest.fixture(scope="module")
+def two_sites() -> Setting:
+    return a_setting(SITES)
+
+
+def no_twin() -> Setting:
+    raise AssertionError
+
+
+def spec_of(constraint: str, relative: float = 0.8, **fields: object) -> RecoverySpec:
+    return RecoverySpec.model_validate(
+        {"constraint": {"kind": constraint}, "budget": {"relative": relative}, "steps": 12,
+         "refine_steps": 8, "doublings": 1, "tolerance": 0.05} | fields
+    )  # fmt: skip
+
+
+def attacked(setting: Setting, spec: RecoverySpec, wrong: bool = False, seed: int = 0) -> Attacked:
+    control = WrongTarget() if wrong else NoControl()
+    return Attacked(setting, control.case(setting, no_twin), spec, seed)
+
+
+def alone(each: Attacked) -> Recovery:
+    assert each.recovery is not None
+    return recover(pose(each.recovery, each.case), each.recovery, each.seed)
+
+
+def posed(members: Sequence[Attacked]) -> tuple[Problem, list[Search]]:
+    specs = [each.recovery for each in members if each.recovery is not None]
+    searches = [Search(len(m.case.rows), s, m.seed) for m, s in zip(members, specs, strict=True)]
+    return pose_together(specs, [each.case for each in members]), searches
+
+
+def together(members: Sequence[Attacked]) -> list[Recovery]:
+    return recover_together(*posed(members))
+
+
+def stack_of(members: Sequence[Attacked]) -> Stack:
+    return Stack.of(*posed(members))
+
+
+def check_the_same(one: Recovery, other: Recovery) -> None:
+    assert one.outcomes == other.outcomes
+    away = (one.delta - other.delta).norm(dim=(1, 2))
+    assert (away <= 1e-5 * other.norm.clamp_min(1)).all(), away / other.norm
+    torch.testing.assert_close(one.margin, other.margin, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        one.smallest_norm, other.smallest_norm, atol=1e-5, rtol=1e-5, equal_nan=True
+    )
+    assert torch.equal(one.steps, other.steps)
+    assert torch.equal(one.null_dimension, other.null_dimension)
+    assert len(one.trace) == len(other.trace)
+    for mine, theirs in zip(one.trace, other.trace, strict=True):
+        assert mine["n_searching"] == theirs["n_searching"]
+        assert mine["n_reached"] == theirs["n_reached"]
+        assert mine["margin_mean"] == pytest.approx(theirs["margin_mean"], abs=1e-4)
+
+
+# --- What each finds ------------------------------------------------------------------------------
+
+
+def test_constraints_targets_budgets_and_seeds_find_what_they_find_alone(
+    one_site: Setting,
+) -> None:
+    """A small budget makes rows fail, so that the harder search is stacked too."""
+    members = [attacked(one_site, spec_of(name), wrong=i % 2 == 1) for i, name in
+               enumerate(ONE_SITE)]  # fmt: skip
+    members += [attacked(one_site, spec_of("encoder_null", 0.05), seed=seed) for seed in (0, 1)] + [
+        attacked(one_site, spec_of("encoder_null", 0.3, stop={"clean_margin": 0.5}), wrong=True)
+    ]
+    found = together(members)
+    names = {name for recovery in found for name in recovery.outcomes}
+    assert {"recovered", "not_recovered"} <= names, "the fixture: rows that succeed, rows that fail"
+    for each, recovery in zip(members, found, strict=True):
+        by_itself = alone(each)
+        check_the_same(recovery, by_itself)
+        assert torch.equal(recovery.lane_steps, by_itself.lane_steps), "it ran more, or less"
+    one, other = found[len(ONE_SITE)], found[len(ONE_SITE) + 1]
+    assert not torch.equal(one.delta, other.delta), "two seeds, two random starts"
+
+
+@pytest.mark.parametrize("name", APART)
+def test_constraints_with_passes_of_their_own_climb_the_same_beside_their_like(
+    two_sites: Setting, name: str
+) -> None:
+    spec = spec_of(name)
+    small = spec.model_copy(update={"budget": spec_of(name, 0.3).budget})
+    check_climbs([attacked(two_sites, spec), attacked(two_sites, spec, wrong=True),
+                  attacked(two_sites, small)])  # fmt: skip
+
+
+def test_what_acts_in_the_forward_pass_acts_on_its_own_rows_alone(two_sites: Setting) -> None:
+    """Beside a search without it and one under another: nothing forbids that, it only gains
+    little."""
+    names = ("unconstrained", "feature_hold", "feature_floor")
+    check_climbs([attacked(two_sites, spec_of(name)) for name in names])
+
+
+def check_climbs(members: Sequence[Attacked]) -> None:
+    """A few steps, from a random start: what a whole search makes of a difference in the last digit
+    would say nothing about rows that get into each other's way."""
+    whole = stack_of(members)
+    started = 0.2 * torch.randn(whole.problem.shape)
+    together = few_steps(whole, started)
+    begin = 0
+    for each in members:
+        rows = slice(begin, begin + len(each.case.rows))
+        begin = rows.stop
+        alone = few_steps(stack_of([each]), started[rows])
+        torch.testing.assert_close(together.delta[rows], alone.delta, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.margin[rows], alone.margin, atol=1e-4, rtol=1e-4)
+        assert not torch.equal(alone.delta, started[rows]), "the fixture: it moves"
+
+
+def few_steps(stack: Stack, start: Tensor) -> Ascent:
+    n = len(stack)
+    climb = Climb(
+        torch.arange(n), start, torch.full((n,), 1e9), stack.problem.radius, torch.full((n,), 0.1)
+    )
+    return ascend(stack.problem, stack.feasible, climb, 3, stack.stepper)
+
+
+def test_several_searches_of_forced_answers_are_stacked(one_site: Setting) -> None:
+    batch = one_site.test.forcing([[4 + i, 9, 12 + i][: 2 + i % 2] for i in range(6)])
+    longer = replace(one_site, test=batch)
+    members = [
+        attacked(longer, spec_of(name, 1.5), wrong)
+        for name in ("unconstrained", "encoder_null")
+        for wrong in (False, True)
+    ]
+    assert len(_sharing(members)) == 1
+    for each, recovery in zip(members, together(members), strict=True):
+        check_the_same(recovery, alone(each))
+
+
+# --- Who leaves when ------------------------------------------------------------------------------
+
+
+def test_rows_that_got_there_leave_the_batch(
+    one_site: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lanes in the passes of a stack are those of its searches alone, in as few passes as the
+    longest of them needs."""
+    sizes: list[int] = []
+    margin = Lanes.margin
+
+    def counted(self: Lanes, delta: Tensor) -> Tensor:
+        sizes.append(len(delta))
+        return margin(self, delta)
+
+    monkeypatch.setattr(Lanes, "margin", counted)
+    members = [
+        attacked(one_site, spec_of(name), wrong)
+        for name in ("unconstrained", "encoder_null")
+        for wrong in (False, True)
+    ]
+    single = []
+    for each in members:
+        sizes.clear()
+        recovery = alone(each)
+        single.append((len(sizes), sum(sizes)))
+        assert sum(sizes) == int(recovery.lane_steps.sum())
+    sizes.clear()
+    together(members)
+    assert sum(sizes) == sum(lanes for _, lanes in single), "as many lanes as alone"
+    assert len(sizes) < 0.6 * sum(passes for passes, _ in single), "in fewer passes"
+    assert min(sizes) < max(sizes) / 2, "the batch shrinks"
+
+
+def test_a_success_ends_the_lanes_of_its_row_in_balls_as_large_and_no_others(
+    one_site: Setting,
+) -> None:
+    each = attacked(one_site, spec_of("unconstrained"))
+    problem = pose(spec_of("unconstrained"), each.case)
+    best = alone(each)
+    row = int(best.smallest_norm.nan_to_num(torch.inf).argmin())
+    there = best.delta[row]
+    n = float(best.smallest_norm[row])
+    radius = torch.tensor([0.3 * n, n * 1.001, n * 1.001, 2 * n])
+    zero = torch.zeros_like(there)
+    climb = Climb(
+        torch.full((4,), row), torch.stack([zero, there, zero, zero]),
+        problem.goal[row].expand(4).clone(), radius, torch.full((4,), 1e-6),
+    )  # fmt: skip
+    feasible = spec_of("unconstrained").constraint.feasible(problem)
+    ended = ascend(problem, feasible, climb, 3, Steepest())
+    assert ended.reached.tolist() == [False, True, False, False]
+    assert ended.passes.tolist() == [4, 1, 1, 1]
+
+
+# --- Rows and their owners ------------------------------------------------------------------------
+
+
+def test_rows_keep_their_owners_however_they_are_picked() -> None:
+    sets = [Everything(torch.arange(3)), Everything(10 + torch.arange(2))]
+    owner = torch.tensor([0, 1, 0, 1, 0])
+    dealt = SetPerRow(Dealt(tuple(sets), owner))
+    assert dealt.dimension.tolist() == [0, 10, 1, 11, 2]
+    picked = torch.tensor([4, 3, 3, 0])
+    assert dealt.rows(picked).dimension.tolist() == [2, 11, 11, 0]
+    left = dealt.rows(picked).rows(torch.tensor([2, 1]))
+    assert left.dimension.tolist() == [11, 11] and len(left.sets.parts) == 1
+    x = torch.randn(2, 1, 4)
+    assert torch.equal(left.tangent(x, Iterate.zero(x)), x)
+
+
+def test_step_rules_of_several_rows_do_what_each_does_alone() -> None:
+    owner = torch.tensor([0, 1, 1, 0, 2])
+    steppers = [Steepest(), Adam(), Steepest(momentum=0.1)]
+    mixed = StepperPerRow.of(steppers, owner)
+    delta = torch.zeros(5, 2, 3)
+    state, states = mixed.start(delta), [s.start(delta) for s in steppers]
+    for _ in range(4):
+        gradient = torch.randn(5, 2, 3)
+        move, state = mixed.move(state, gradient)
+        for index, stepper in enumerate(steppers):
+            own, states[index] = stepper.move(states[index], gradient)
+            assert torch.equal(move[owner == index], own[owner == index])
+    assert StepperPerRow.of([Adam(), Adam()], owner.clamp(max=1)) == Adam()
+
+
+# --- Which trials are searched together -----------------------------------------------------------
+
+
+def test_trials_are_stacked_that_differ_in_the_search_alone() -> None:
+    trials = plan(parse(bundled("demo"))).trials
+    stacks = stacked(trials)
+    assert [t.id for s in stacks for t in s if t.audit == "bottleneck"] == [
+        t.id for t in trials if t.audit == "bottleneck"
+    ]
+    assert sorted(t.id for s in stacks for t in s) == sorted(t.id for t in trials)
+    seen = {
+        (stack[0].audit, *sorted({(t.label, t.control.kind) for t in stack})) for stack in stacks
+    }
+    both = ("none", "wrong_target")
+    ioi = [(c, k) for c in ("unconstrained", "gradient_projection", "encoder_null") for k in both]
+    assert ("ioi", *sorted(ioi)) in seen
+    for control in ("no_clamp", "ignorant"):  # other edits, another subject
+        assert ("ioi", ("encoder_null", control)) in seen
+    for name in ("feature_hold", "jacobian_probes"):
+        assert ("three_layers", *sorted((name, k) for k in both)) in seen
+    for stack in stacks:
+        if not stack[0].searches:
+            assert len(stack) == 1
+
+
+def test_a_stack_holds_no_more_rows_than_fill_a_batch(one_site: Setting) -> None:
+    each = attacked(one_site, spec_of("encoder_null"))
+    n = len(each.case.rows)
+    members = [each] * (2 * (MOST_ROWS // n) + 1)
+    sizes = [len(group) for group in _sharing(members)]
+    assert sizes == [MOST_ROWS // n, MOST_ROWS // n, 1]
+
+
+def test_cases_under_other_edits_share_no_pass(one_site: Setting) -> None:
+    each = attacked(one_site, spec_of("encoder_null"))
+    other = replace(each, case=replace(each.case, edits=()))
+    assert _sharing([each, other, each]) == [[0, 2], [1]]
+
+
+# --- Trials of a stack ----------------------------------------------------------------------------
+
+
+def tiny_lab(setting: Setting) -> Lab:
+    """A lab with one setting, for every trial."""
+    test = setting.test
+    examples = tuple(
+        Example(id=name, text=text, target="w1", rivals=("w2",), alternatives=(), cluster=name)
+        for name, text in zip(test.ids, test.texts, strict=True)
+    )
+    return Lab({"tiny": setting.subject}, {"tiny": replace(setting, examples=examples)})
+
+
+@pytest.fixture
+def lab(one_site: Setting, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.setattr(Lab, "setting", lambda self, trial, identity: self._settings["tiny"])
+    monkeypatch.setattr(Lab, "subject", lambda self, identity: self.subjects["tiny"])
+    return tiny_lab(one_site)
+
+
+@pytest.fixture(scope="module")
+def trials() -> list[Trial]:
+    """Two constraints, with the right target and a wrong one."""
+    made = [t for t in plan(parse(bundled("demo"))).trials if t.audit == "ioi"]
+    return [
+        trial.model_copy(update={"recovery": spec_of(trial.label), "paths": None})
+        for trial in made
+        if trial.control.alongside and trial.label != "gradient_projection"
+    ]
+
+
+def test_trials_run_together_say_what_they_say_alone_and_so_does_a_resumed_rest(
+    lab: Lab, trials: list[Trial]
+) -> None:
+    assert len(stacked(trials)) == 1 and len(trials) == 4
+    before = time.perf_counter()
+    whole = {ended.trial.id: ended for ended in run_trials(trials, lab)}
+    took = time.perf_counter() - before
+    seconds = [ended.seconds for ended in whole.values()]
+    assert all(s > 0 for s in seconds) and 0.5 * took < sum(seconds) <= took
+    assert whole.keys() == {trial.id for trial in trials}
+    rest = {ended.trial.id: ended for ended in run_trials(trials[1:3], lab)}
+    alone = {trials[0].id: Ended(trials[0], run_trial(trials[0], lab), 0.0)}
+    for key, ended in (rest | alone).items():
+        one, other = whole[key].result, ended.result
+        assert isinstance(one, TrialResult) and isinstance(other, TrialResult)
+        assert one.result["funnel"] == other.result["funnel"]
+        assert one.result["outcome"] == other.result["outcome"]
+        assert one.tensors.keys() == other.tensors.keys()
+        for name, tensor in one.tensors.items():
+            torch.testing.assert_close(tensor, other.tensors[name], atol=1e-5, rtol=1e-5)
+        assert [row["outcome"] for row in one.examples] == [r["outcome"] for r in other.examples]
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_every_trial_of_a_stack_is_done_once(
+    lab: Lab, trials: list[Trial], n_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.executor.load_lab", lambda *a: tiny_lab(a_setting(SITES[1:])))
+    slow = trials[0].recovery.model_copy(update={"steps": 13})  # another stack
+    more = [*trials, trials[0].model_copy(update={"recovery": slow})]
+    assert [len(stack) for stack in stacked(more)] == [4, 1]
+    made = plan(parse(bundled("demo")))
+    done = list(execute(made, more, Runtime(workers=n_workers), lab))
+    assert sorted(each.trial.id for each in done) == sorted(trial.id for trial in more)
+    # Whoever needs the setting first has to prepare it, and nobody else of its stack.
+    first = [each for each in done if each.unprepared]
+    assert {each.trial.id for each in first} == {more[0].id, more[4].id}
+
+
+def test_a_trial_without_a_prompt_keeps_nothing_else_from_running(
+    lab: Lab, trials: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(self: WrongTarget, setting: Setting, twin: object) -> Case:
+        raise EmptyValidSetError("nothing is left", {"valid": 0})
+
+    monkeypatch.setattr(WrongTarget, "case", nothing)
+    ended = {e.trial.id: e.result for e in run_trials(trials, lab)}
+    empty = [t.control.kind for t in trials if isinstance(ended[t.id], EmptyValidSetError)]
+    assert empty == ["wrong_target", "wrong_target"] and len(ended) == 4
