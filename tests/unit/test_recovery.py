@@ -169,6 +169,9 @@ def test_no_perturbation_is_a_candidate_like_every_other(constraint: Constraint)
 class Downhill:
     """A step rule that is wrong at every step."""
 
+    def rows(self, rows: Tensor) -> Downhill:
+        return self
+
     def start(self, delta: Tensor) -> tuple[Tensor, ...]:
         return ()
 
