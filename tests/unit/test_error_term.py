@@ -248,9 +248,9 @@ def test_the_sweep_is_read_from_the_records(data: ReportData) -> None:
         assert set(sweep["explained"]) == {str(SITE)}
 
 
-def test_a_page_has_the_three_sections_and_their_figures(data: ReportData) -> None:
+def test_a_page_has_the_sections_and_their_figures(data: ReportData) -> None:
     page = render(data, "<svg></svg>")
-    for id_ in ("forcing", "path", "error_term"):
+    for id_ in ("forcing", "path", "heads", "error_term"):
         assert page.count(f'<section id="{id_}">') == 1
     n = len(ALPHAS) * len(ORDERS)
     drawn = re.findall(r'data-figure="((?:forcing|path|error)-\d+)"', page)
