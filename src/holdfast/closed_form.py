@@ -30,9 +30,11 @@ class ClosedForm:
 
     @classmethod
     def of(cls, problem: Problem, feasible: FeasibleSet) -> ClosedForm:
+        rivals = problem.batch.rivals
+        single = (rivals == rivals[:, :1]).all(1)  # the largest of several rivals has corners
         known = (
             problem.batch.readout.affine(problem.replay)
-            and problem.batch.rivals.shape[1] == 1  # the largest of several rivals has corners
+            and bool(single.any())
             and isinstance(feasible, Everything | NullSpace)
         )
         if not known:
@@ -42,7 +44,7 @@ class ClosedForm:
         batching = problem.replay.subject.batching
         parts = batching.over("steps", every, lambda rows: _of(problem, feasible, rows))
         norm, share = (torch.cat(column) for column in zip(*parts, strict=True))
-        return cls(norm, share)
+        return cls(norm.where(single, torch.nan), share.where(single, torch.nan))
 
 
 def _of(problem: Problem, feasible: FeasibleSet, rows: Tensor) -> tuple[Tensor, Tensor]:

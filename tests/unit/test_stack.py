@@ -367,6 +367,7 @@ def test_trials_run_together_say_what_they_say_alone_and_so_does_a_resumed_rest(
         assert isinstance(one, TrialResult) and isinstance(other, TrialResult)
         assert one.result["funnel"] == other.result["funnel"]
         assert one.result["outcome"] == other.result["outcome"]
+        assert one.result["readout"] == other.result["readout"]
         assert one.tensors.keys() == other.tensors.keys()
         for name, tensor in one.tensors.items():
             torch.testing.assert_close(tensor, other.tensors[name], atol=1e-5, rtol=1e-5)

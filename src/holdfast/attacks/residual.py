@@ -53,29 +53,34 @@ class Residual(AttackKind):
         """posed → recovered, of all that can share a pass at once; then each verified → read as the
         behavior reads every other condition → through what it went."""
         for members in _sharing(attacked):
-            clock = time.perf_counter()
             own = [attacked[member] for member in members]
-            specs = [_spec(each) for each in own]
-            problem = pose_together(specs, [each.case for each in own])
-            searches = [
-                Search(len(each.case.rows), spec, each.seed)
-                for each, spec in zip(own, specs, strict=True)
-            ]
-            recoveries = recover_together(problem, searches)
-            searched = time.perf_counter() - clock
-            whole = sum(int(recovery.lane_steps.sum()) for recovery in recoveries)
-            begin = 0
-            for member, each, recovery in zip(members, own, recoveries, strict=True):
+            for member, each, (problem, recovery, spent) in zip(
+                members, own, _searched(own), strict=True
+            ):
                 clock = time.perf_counter()
-                rows = torch.arange(
-                    begin, begin + len(each.case.rows), device=recovery.steps.device
-                )
-                begin += len(rows)
-                alone = problem if len(own) == 1 else problem.rows(rows)
-                share = int(recovery.lane_steps.sum()) / whole if whole else 1 / len(own)
-                made = _finished(each, replace(alone, batch=each.case.batch), recovery)
-                seconds = share * searched + time.perf_counter() - clock
-                yield member, replace(made, seconds=seconds)
+                result = _finished(each, problem, recovery)
+                yield member, replace(result, seconds=spent + time.perf_counter() - clock)
+
+
+def _searched(attacked: Sequence[Attacked]) -> Iterator[tuple[Problem, Recovery, float]]:
+    """All of them searched as rows of one batch: of each its problem, what was found, and its share
+    of the seconds, by the lanes that were run for it."""
+    clock = time.perf_counter()
+    specs, cases = [_spec(each) for each in attacked], [each.case for each in attacked]
+    whole = pose_together(specs, cases)
+    searches = [
+        Search(len(each.case.rows), spec, each.seed)
+        for each, spec in zip(attacked, specs, strict=True)
+    ]
+    found = recover_together(whole, searches)
+    seconds = time.perf_counter() - clock
+    run = [int(recovery.lane_steps.sum()) for recovery in found]
+    every = torch.arange(len(whole), device=whole.goal.device)
+    parts = every.split([search.n for search in searches])
+    for case, rows, recovery, lanes in zip(cases, parts, found, run, strict=True):
+        own = whole if len(found) == 1 else whole.rows(rows)
+        share = lanes / sum(run) if sum(run) else 1 / len(found)
+        yield replace(own, batch=case.batch), recovery, share * seconds
 
 
 def _spec(attacked: Attacked) -> RecoverySpec:
