@@ -16,6 +16,9 @@ from holdfast.problem import Lanes, Problem, relative_violation
 from holdfast.steppers import Stepper
 from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
 
+STILL = 3
+"""Steps in a row that may leave a lane exactly where it was; then it has ended."""
+
 Trace = list[dict[str, float]]
 """Per step, over the lanes still searching: counts, sums of margin and norm, largest violation."""
 
@@ -76,7 +79,7 @@ def ascend(
     """Climb until a lane's goal is reached or the steps are used up.
 
     The step length falls linearly to `decay` times itself. Lanes that reached their goal leave the
-    batch, and so do the other lanes of the same row.
+    batch, and so do the other lanes of the same row, and lanes that a step no longer moves.
     """
     size = problem.replay.subject.batch_size
     if len(climb) > size:
@@ -98,6 +101,7 @@ def ascend(
 
     live = torch.arange(n, device=device)  # lanes still searching
     state = stepper.start(delta)
+    still = torch.zeros(n, dtype=torch.long, device=device)
     for step in range(steps + 1):
         last = step == steps  # the final iterate is measured and not moved
         margin, gradient = _margin_and_gradient(lanes, delta, last)
@@ -112,22 +116,24 @@ def ascend(
             _note(trace, step, problem, delta, margin, climb.rows[live], reached)
 
         done = climb.rows[live[reached]]
-        keep = finite & ~torch.isin(climb.rows[live], done)
+        keep = finite & (still < STILL) & ~torch.isin(climb.rows[live], done)
         if last or not keep.any():
             break
         if not keep.all():
             index = keep.nonzero().flatten()
             live, lanes, sets = live[index], lanes.rows(index), sets.rows(index)
-            delta, gradient = delta[index], gradient[index]
+            delta, gradient, still = delta[index], gradient[index], still[index]
             state = tuple(part[index] for part in state)
 
         here = Iterate(delta, step, gradient)
         if isinstance(sets, Charted):
             sets = sets.around(here)
-        here = replace(here, along=sets.tangent(gradient, here))
-        move, state = stepper.move(state, here.along)
+        along = sets.tangent(gradient, here)
+        here = replace(here, along=along)
+        move, state = stepper.move(state, along)
         rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps)
         delta = sets.inside(delta + rate[:, None, None] * move, climb.radius[live], here)
+        still = torch.where((delta == here.delta).flatten(1).all(1), still + 1, 0)
     return Ascent(best, best_margin, reached_at, diverged)
 
 
