@@ -284,8 +284,8 @@ def test_offsets_are_the_same_iterates(hard: Problem) -> None:
     states = features.replay.states(leaf, features.replay.sites)
     y = torch.cat([states[site] for site in features.replay.sites], 1)
     (pulled,) = torch.autograd.grad((y * weight).sum(), leaf)
-    one, other = ((u * v).sum((1, 2)) for u, v in ((pulled, step),
-                                                   (weight, offsets.change(delta, x, step))))  # fmt: skip
+    moved = offsets.change(delta, x, step)
+    one, other = ((u * v).sum((1, 2)) for u, v in ((pulled, step), (weight, moved)))
     torch.testing.assert_close(one, other, atol=0.02 * float(one.abs().max()), rtol=0.02)
     # Features at a perturbed slot are linear in offsets, whatever a clamp there does.
     own = perturbed_columns(features.replay)[..., None] & features.monitored
