@@ -1,5 +1,5 @@
-"""A step of jacobian_null costs at most 15 unconstrained steps where fewer layers are perturbed
-than held. With vectors at every held layer it costs more, and feature_hold is there for that.
+"""A step of jacobian_null costs at most 15 unconstrained steps, with vectors at one of three held
+layers or at all of them, and it recovers at least 98 % of what ten times the steps recover.
 
 At 20 features x 48 tokens x 3 layers (2,880 constraints) on a randomly initialized Llama, steps of
 the search are timed in turn, so that whatever slows the machine down slows them all: with vectors
@@ -7,7 +7,10 @@ at the lowest of the three layers, where only the Jacobian can hold the others, 
 where feature_hold can, whose step may not cost more than the published probes'. Then, on the
 shipped organism, jacobian_null is searched as it is and with ten times the steps: it has to recover
 at least 98 % of what either does, and no feature may move by more than 1e-5, wherever a vector can
-reach it, nor a norm exceed its budget by more than 1e-4.
+reach it, nor a norm exceed its budget by more than 1e-4. So for ioi prompts with vectors at all
+layers and at the lowest, and for prompts that the organism is made to refuse, with vectors at the
+last token alone and the features of ten tokens of the answer to hold behind it: 184 constraints on
+384 numbers, the singular values of J over five decades.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from holdfast.recovery import BACK, Recovery, recover
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
+from holdfast.statistics import wilson
 from holdfast.study import parse
 from holdfast.subject import Subject
 from holdfast.testing import random_sae, tiny_tokenizer
@@ -50,9 +54,10 @@ SHARE = 0.98
 DRIFT = 1e-5
 OVER = 1e-4
 FREE = "unconstrained"
+LOWEST = "blocks.0.hook_resid_post"
 KINDS = ("feature_hold", "jacobian_null", "jacobian_probes")
 
-STUDY = """
+SUBJECT = """
 schema = 1
 name = "layers"
 seed = 0
@@ -74,18 +79,30 @@ test = 40
 [recovery]
 constraint = { kind = "unconstrained" }
 perturb = { positions = "last_prompt" }
-budget = { relative = 0.5 }
 stop = { clean_margin = 0.5 }
 steps = 30
 refine_steps = 15
 doublings = 1
 tolerance = 0.02
+"""
+
+IOI = """
+budget = { relative = 0.5 }
 [[audits]]
 name = "ioi"
 behavior = { kind = "ioi", templates = "all" }
 discovery = { kind = "attribution", n_features = 8, group = "name" }
 intervention = { kind = "clamp", mode = "set_where_active", value = [-2.0, -5.0, -10.0], positions = "all", include_bos = false }
 """  # noqa: E501
+
+REFUSAL = """
+budget = { relative = 1.0 }
+[[audits]]
+name = "refusal"
+behavior = { kind = "refusal", direction = "comply" }
+discovery = { kind = "attribution", n_features = 8 }
+intervention = { kind = "clamp", mode = "multiply", value = [2.0, 4.0, 8.0], positions = "prompt" }
+"""
 
 
 @dataclass(frozen=True)
@@ -99,16 +116,20 @@ class Size:
     steps: int = 5
     repeats: int = 3
     prompts: int = 4
+    answers: int = 20
     longer: int = 10
 
 
-QUICK = Size(n_layers=5, d_model=64, features=3, tokens=8, steps=2, repeats=1, prompts=2, longer=2)
+QUICK = Size(n_layers=5, d_model=64, features=3, tokens=8, steps=2, repeats=1, prompts=2, answers=2,
+             longer=2)  # fmt: skip
 
 
 def run(options: Options) -> Result:
     size = QUICK if options.quick else Size()
     rows, bounds = costs(size)
-    found, held = recoveries(size, options.limit or size.prompts)
+    ioi, refusal = options.limit or size.prompts, options.limit or size.answers
+    found, held = recoveries(size, IOI, ioi, ("", LOWEST), (FREE, *KINDS))
+    harder = recoveries(size, REFUSAL, refusal, ("",), (FREE, "jacobian_null"))
     if options.quick:  # small sizes have other ratios
         bounds = []
     return Result(
@@ -116,8 +137,8 @@ def run(options: Options) -> Result:
             "constraint", "vectors at", "step, ms", "over unconstrained", "recovered", "of",
             "smallest norm", "largest drift",
         ),
-        rows=(*rows, *found),
-        bounds=(*bounds, *held),
+        rows=(*rows, *found, *harder[0]),
+        bounds=(*bounds, *held, *harder[1]),
         settings={
             "layers": size.n_layers, "d_model": size.d_model, "steps_timed": size.steps,
             "constraints": size.features * size.tokens * 3, "repeats": size.repeats,
@@ -139,10 +160,10 @@ def costs(size: Size) -> tuple[list[tuple[Cell, ...]], list[Bound]]:
             (name, where, 1e3 * step[name], step[name] / step[FREE], None, None, None, None)
             for name in kinds
         ]
-        if n_sites == 1:
-            ratio = step["jacobian_null"] / step[FREE]
-            bounds.append(Bound("a step of jacobian_null", ratio, COST, False, "plain steps"))
-        else:
+        ratio = step["jacobian_null"] / step[FREE]
+        what = f"a step of jacobian_null, vectors at {where}"
+        bounds.append(Bound(what, ratio, COST, False, "plain steps"))
+        if n_sites == 3:
             ratio = step["feature_hold"] / step["jacobian_probes"]
             bounds.append(Bound("feature_hold's step over the probes'", ratio, 1.0, False, "times"))
         progress.print(f"several_layers: steps timed, vectors at {where}")
@@ -196,18 +217,25 @@ def climbing(problem: Problem, kind: ConstraintKind, size: Size) -> Callable[[],
     return partial(ascend, problem, sets, climb, size.steps, kind.stepper)
 
 
-def recoveries(size: Size, limit: int) -> tuple[list[tuple[Cell, ...]], list[Bound]]:
-    """Rows and bounds of what is recovered, and how exactly features are held."""
-    planned = plan(parse(STUDY))
+def recoveries(
+    size: Size, audit: str, limit: int, places: tuple[str, ...], kinds: tuple[str, ...]
+) -> tuple[list[tuple[Cell, ...]], list[Bound]]:
+    """Rows and bounds of what is recovered in an audit, and how exactly features are held.
+
+    places: sites of the vectors, "" for all clamped ones.
+    """
+    planned = plan(parse(SUBJECT + audit))
     trial = next(trial for trial in planned.trials if trial.control.kind == "none")
     lab = load_lab(planned, [trial], Runtime(batch_size=64))
     case = some(trial.control.case(lab.setting(trial, trial.subject), lambda: None), limit)
     rows: list[tuple[Cell, ...]] = []
     bounds = []
-    for sites, where in (((), "all 3"), (("blocks.0.hook_resid_post",), "lowest of 3")):
+    for place in places:
+        sites = (place,) if place else ()
+        where = f"{'lowest of' if sites else 'all'} 3, {trial.audit}"
         perturb = trial.recovery.perturb.model_copy(update={"sites": sites})
         problem = pose(trial.recovery.model_copy(update={"perturb": perturb}), case)
-        for name in (FREE, *KINDS):
+        for name in kinds:
             if sites and name == "feature_hold":
                 continue
             found, checks, seconds = searched(problem, trial, case, name)
@@ -222,10 +250,17 @@ def recoveries(size: Size, limit: int) -> tuple[list[tuple[Cell, ...]], list[Bou
                 continue
             either = back | (longer_margin(problem, trial, name, size.longer) > 0)
             share = float(back.sum() / either.sum()) if either.any() else 1.0
+            interval = wilson(int((back & either).sum()), int(either.sum()))
             drift = torch.maximum(checks.preactivation_drift, checks.preactivation_drift_elsewhere)
             over = float((found.norm / problem.radius).max()) - 1
             bounds += [
-                Bound(f"recovered, vectors at {where}", share, SHARE, True),
+                Bound(
+                    f"recovered of {interval.n}, vectors at {where} "
+                    f"[{interval.low:.2f}, {interval.high:.2f}]",
+                    share,
+                    SHARE,
+                    True,
+                ),
                 Bound(f"largest drift, vectors at {where}", float(drift.max()), DRIFT, False),
                 Bound(f"over the budget, vectors at {where}", over, OVER, False),
             ]

@@ -17,6 +17,10 @@ from holdfast.steppers import Stepper
 from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
 
 
+STILL = 3
+"""Steps in a row that may leave a lane exactly where it was; then it has ended."""
+
+
 @dataclass(frozen=True)
 class Noted:
     """A step of n lanes that are still searching: the row of each, its margin, its norm relative to
@@ -96,7 +100,8 @@ def ascend(
     """Climb until a lane's goal is reached or the steps are used up.
 
     The step length falls linearly to `decay` times itself. Lanes that reached their goal leave the
-    batch, and so do other lanes of the same row in balls as large. Raises OutOfMemoryError.
+    batch, and so do other lanes of the same row in balls as large, and lanes that a step no longer
+    moves. Raises OutOfMemoryError.
     """
 
     def piece(index: Tensor) -> tuple[Ascent, Trace]:
@@ -136,6 +141,7 @@ def _ascend(
 
     live = torch.arange(n, device=device)  # lanes still searching
     state = stepper.start(delta)
+    still = torch.zeros(n, dtype=torch.long, device=device)
     for step in range(steps + 1):
         last = step == steps  # the final iterate is measured and not moved
         margin, gradient = _margin_and_gradient(lanes, delta, last)
@@ -152,13 +158,13 @@ def _ascend(
 
         rows, radius = climb.rows[live], climb.radius[live]
         least.scatter_reduce_(0, rows[reached], radius[reached], "amin")
-        keep = finite & (radius < least[rows])
+        keep = finite & (still < STILL) & (radius < least[rows])
         if last or not keep.any():
             break
         if not keep.all():
             index = keep.nonzero().flatten()
             live, lanes, sets = live[index], lanes.rows(index), sets.rows(index)
-            delta, gradient = delta[index], gradient[index]
+            delta, gradient, still = delta[index], gradient[index], still[index]
             stepper, state = stepper.rows(index), tuple(part[index] for part in state)
 
         here = Iterate(delta, step, gradient)
@@ -169,6 +175,7 @@ def _ascend(
         move, state = stepper.move(state, along)
         rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps)
         delta = sets.inside(delta + rate[:, None, None] * move, climb.radius[live], here)
+        still = torch.where((delta == here.delta).flatten(1).all(1), still + 1, 0)
     return Ascent(best, best_margin, reached_at, diverged, passes)
 
 

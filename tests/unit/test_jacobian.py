@@ -16,15 +16,25 @@ from holdfast.batch import Batch
 from holdfast.constraints import ConstraintKind
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.feature_hold import FeatureHold
-from holdfast.constraints.jacobian_null import JacobianNull
+from holdfast.constraints.jacobian_null import JacobianNull, Level
 from holdfast.constraints.jacobian_probes import JacobianProbes
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.errors import ConstraintError
 from holdfast.features import FeatureSet, SiteFeatures
-from holdfast.jacobian import preconditioners
-from holdfast.jacobian.feature_map import FeatureMap
+from holdfast.jacobian import chords, framed, preconditioners
+from holdfast.jacobian.chords import Chords
+from holdfast.jacobian.feature_map import FeatureMap, perturbed_columns
+from holdfast.jacobian.frame import Frame, few
+from holdfast.jacobian.framed import Framed
 from holdfast.jacobian.linearized import Linearized
-from holdfast.jacobian.null_space import conjugate_gradients, correction, tangent
+from holdfast.jacobian.null_space import (
+    OFF,
+    conjugate_gradients,
+    correction,
+    exact_tangent,
+    tangent,
+)
+from holdfast.jacobian.offsets import Offsets, Plain
 from holdfast.jacobian.preconditioners import Positions, Preconditioner, prepared
 from holdfast.jacobian.restoration import SLACK, restore
 from holdfast.problem import Problem
@@ -95,6 +105,15 @@ def prompts(deep: Subject) -> Batch:
 def anchored(deep: Subject, prompts: Batch) -> Problem:
     """Vectors at the last token but one, and one more token to hold at every layer."""
     return posed(deep, prompts, clamps_of(banks_of(deep)), back=2)
+
+
+BACK = 5
+
+
+@pytest.fixture(scope="module")
+def hard(deep: Subject, prompts: Batch) -> Problem:
+    """One token's vectors, and four more tokens to hold at every layer."""
+    return posed(deep, prompts, clamps_of(banks_of(deep), "set_where_active"), back=BACK)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +216,143 @@ def test_the_violation_falls_quadratically(low: Problem) -> None:
         step = correction(here, near, 1e-4 * here.held)
         left.append(Linearized(features, here.delta - step).value.abs().amax((1, 2)))
     assert (left[0] / left[1] > 8).all(), "16 for a step of a quarter"
+
+
+def framed_at(problem: Problem, delta: Tensor) -> tuple[FeatureMap, Frame]:
+    features = FeatureMap.of(problem)
+    used = few(features)
+    assert used is not None
+    return features, Frame.at(features, delta, used)
+
+
+@pytest.mark.parametrize("which", ["hard", "low"])
+def test_a_frame_is_the_jacobian(which: str, request: pytest.FixtureRequest) -> None:
+    """The J that is kept against products that never form it, and its solves against exact ones."""
+    problem: Problem = request.getfixturevalue(which)
+    delta, u = somewhere(problem), somewhere(problem, 1.0, seed=1)
+    features, frame = framed_at(problem, delta)
+    here = Linearized(features, delta)
+    J = frame.J / frame.scale.clamp_min(1e-30)[..., None]
+    pushed, pulled = here.push(u), here.pull(here.value)
+    again = torch.bmm(J, u.flatten(1)[..., None])[..., 0]
+    size = float(pushed.abs().max())
+    torch.testing.assert_close(again, pushed.flatten(1)[:, frame.used], atol=1e-4 * size, rtol=1e-4)
+    y = here.value.flatten(1)[:, None, frame.used]
+    size = float(pulled.abs().max())
+    torch.testing.assert_close(torch.bmm(y, J).view_as(pulled), pulled, atol=1e-4 * size, rtol=1e-4)
+    step = frame.correction(here.value)
+    exact = torch.linalg.pinv(J.double(), rtol=1e-9) @ y.mT.double()
+    error = (step.flatten(1) - exact[..., 0]).norm(dim=1) / exact[..., 0].norm(dim=1)
+    assert error.max() < 1e-3
+    assert torch.equal(frame.rows(torch.tensor([1])).correction(here.value[1:2]).isfinite().all(),
+                       torch.tensor(True))  # fmt: skip
+
+
+def test_one_correction_by_a_frame_falls_quadratically(hard: Problem) -> None:
+    left = []
+    for size in (0.02, 0.005):
+        delta = somewhere(hard, size)
+        features, frame = framed_at(hard, delta)
+        there = delta - frame.correction(Linearized(features, delta).value)
+        left.append(Linearized(features, there).value.abs().amax((1, 2)))
+    assert (left[0] / left[1] > 8).all(), "16 for a step of a quarter"
+
+
+def test_an_exact_tangent_needs_no_way_back(hard: Problem) -> None:
+    """What is left of it across the set is short as a vector, though hardly a feature tells."""
+    at, u = somewhere(hard), somewhere(hard, 1.0, seed=1)
+    features, frame = framed_at(hard, at)
+    here = Linearized(features, at)
+    near = framed_at(hard, torch.zeros_like(at))[1]  # solved with what was made elsewhere
+    across = {
+        kind: frame.correction(here.push(kind(here, near, u))).norm(dim=(1, 2)) / u.norm(dim=(1, 2))
+        for kind in (tangent, exact_tangent)
+    }
+    assert (across[exact_tangent] <= 4 * OFF).all()
+    assert across[tangent].max() > 2 * across[exact_tangent].max(), "not so without"
+
+
+def test_offsets_are_the_same_iterates(hard: Problem) -> None:
+    features, delta = FeatureMap.of(hard), somewhere(hard, 0.2)
+    offsets = Offsets(features, hard.reference_norm)
+    x = offsets.written(delta)
+    torch.testing.assert_close(offsets.vectors(x), delta, atol=1e-4, rtol=1e-4)
+    for one, other in zip(offsets.moved(x), features(delta), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    step, weight = somewhere(hard, 1.0, seed=2), somewhere(hard, 1.0, seed=3)
+    leaf = delta.clone().requires_grad_(True)
+    states = features.replay.states(leaf, features.replay.sites)
+    y = torch.cat([states[site] for site in features.replay.sites], 1)
+    (pulled,) = torch.autograd.grad((y * weight).sum(), leaf)
+    moved = offsets.change(delta, x, step)
+    one, other = ((u * v).sum((1, 2)) for u, v in ((pulled, step), (weight, moved)))
+    torch.testing.assert_close(one, other, atol=0.02 * float(one.abs().max()), rtol=0.02)
+    # Features at a perturbed slot are linear in offsets, whatever a clamp there does.
+    own = perturbed_columns(features.replay)[..., None] & features.monitored
+    one, two = (offsets.moved(c * x)[0][own] for c in (1.0, 2.0))
+    torch.testing.assert_close(two, 2 * one, atol=1e-6, rtol=1e-3)
+
+
+def test_the_way_back_is_never_longer_than_what_is_allowed(hard: Problem) -> None:
+    features, frame = framed_at(hard, torch.zeros(hard.shape))
+    chord = Chords.of(Plain(features), frame, 1e-6)
+    zero = Iterate.zero(somewhere(hard))
+    for size in (0.01, 0.1, 1.0):
+        delta = somewhere(hard, size)
+        bend, share = chord.reach(delta, hard.radius, zero)
+        assert torch.equal(bend, share), "without a gradient nothing else decides"
+        assert ((bend > 0) & (bend <= 1)).all()
+        back = frame.correction(features(delta)[0]).norm(dim=(1, 2))
+        want = (chords.BEND * delta.norm(dim=(1, 2)) / back).clamp_max(1)
+        torch.testing.assert_close(bend, want, rtol=1e-3, atol=0.0)
+
+
+def test_the_hard_search_holds_and_ends(
+    hard: Problem, deep: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many later tokens to hold against few directions: a whole search, in counted passes."""
+    level = JacobianNull().feasible(hard)
+    assert isinstance(level, Framed)
+    n_constraints = level.features.monitored.sum((1, 2))
+    assert (n_constraints > 0.3 * level.features.unknowns).all()
+    passes = 0
+    of_states = FeatureMap.of_states
+
+    def counted(self: FeatureMap, states: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return of_states(self, states)
+
+    monkeypatch.setattr(FeatureMap, "of_states", counted)
+    goal, lr, n = torch.full((N,), torch.inf), torch.full((N,), 0.1), 20
+    climb = Climb(torch.arange(N), torch.zeros(hard.shape), goal, hard.radius, lr)
+    found = ascend(hard, level, climb, n, JacobianNull().stepper)
+    tries = 1 + len(framed.CUTS)
+    most = 4 + tries * chords.RETURNS * (chords.CHORDS + 4)
+    assert passes <= (n + 1) * most, "however badly the set bends"
+    assert passes <= 60 * (n + 1), "and far fewer on the whole"
+    start = hard.batch.margin(hard.replay.logits(torch.zeros(hard.shape)))
+    assert (found.margin > start + 0.1).all(), "it got somewhere"
+    assert (found.delta.norm(dim=(1, 2)) <= hard.radius * (1 + 1e-4)).all()
+    positions = hard.batch.prompt_length[:, None] - BACK
+    checks = checked(hard, found.delta, clamps_of(banks_of(deep), "set_where_active"), positions)
+    assert checks.preactivation_drift.max() <= 1e-5
+    assert checks.preactivation_drift_elsewhere.max() <= 1e-5
+
+
+def test_where_every_slot_is_perturbed_the_rest_is_taken_away_in_place(
+    deep: Subject, prompts: Batch
+) -> None:
+    problem = posed(deep, prompts, clamps_of(banks_of(deep)), back=3, width=3)
+    level = JacobianNull().feasible(problem)
+    assert isinstance(level, Level) and level.in_place is not None
+    delta, last = somewhere(problem, 0.3), Iterate.zero(somewhere(problem))
+    point = level.inside(delta, problem.radius, last)
+    assert Linearized(level.features, point).held.max() <= level.tolerance
+    other = replace(level, in_place=None).inside(delta, problem.radius, last)
+    way = [(x - delta).norm(dim=(1, 2)) for x in (point, other, level.in_place.retract(delta))]
+    assert (way[0] <= 1.2 * way[1]).all(), "about the shortest way"
+    assert (way[0] < way[2]).all(), "which is not what feature_hold takes"
 
 
 def test_restoration_ends_in_the_set_and_in_the_ball(low: Problem) -> None:

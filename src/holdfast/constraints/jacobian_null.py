@@ -26,10 +26,12 @@ from holdfast.subspace import FeasibleSet, Iterate, into_ball, norms
 HALVINGS = 4
 """How often a step that cannot be restored is halved before it is not taken."""
 
-REPEATS = (35, 200)
-"""Passes forward and back that the solves of a step take: 46 to 197 as counted in six cases of
-sites and positions on a tiny model, 37 and 73 by the stored timings of `several_layers`, where the
-probes take 21. How many they are depends on how far Φ is from linear: no bound."""
+REPEATS = (30, 150)
+"""Passes forward and back that a step takes beside its own, a product J·u counted as two: 33 where
+every slot with features to hold is perturbed, 50 at 2,880 constraints with vectors at one of three
+layers (both of `several_layers`), 105 where a vector at one token holds ten more at three layers.
+Of these 60 are J itself, made anew for every third step of a lane; where the set bends more it is
+made more often, up to once a step."""
 
 SHARE_OF_EPS = 0.25
 """Share of the precision's epsilon below which a violation is rounding: 3e-8 in float32, below
