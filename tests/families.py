@@ -153,9 +153,7 @@ def prompts(subject: Subject, lengths: tuple[int, ...] = (5, 14, 8, 11)) -> Batc
     return subject.batch(examples)
 
 
-def clamp(subject: Subject, where: Any = "all") -> FeatureEdit:
-    """Four features held at 3, at the middle site."""
-    features = FeatureSet(
-        entries=(SiteFeatures(site=str(CLAMPED), ids=(1, 5, 9, 30)),), source="test"
-    )
-    return FeatureEdit(FeatureBank.of(subject.sae(CLAMPED), features), "set", 3.0, where=where)
+def clamp(subject: Subject, where: Any = "all", site: Site = CLAMPED) -> FeatureEdit:
+    """Four features held at 3, at the middle site if no other is named."""
+    features = FeatureSet(entries=(SiteFeatures(site=str(site), ids=(1, 5, 9, 30)),), source="test")
+    return FeatureEdit(FeatureBank.of(subject.sae(site), features), "set", 3.0, where=where)

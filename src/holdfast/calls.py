@@ -60,6 +60,9 @@ class Calls:
         self._by_prompt = sorted(
             {e.where for e in clamps if isinstance(e.where, str) and e.where != "all"}
         )
+        decide = {edit.decides_on for edit in clamps} - {""}
+        named = [f"positions {self._by_prompt}"] if self._by_prompt else []
+        self._depend = " and ".join([*named, *sorted(decide)])
         self._of_cache: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
         self._seen: list[Prompt] = []
         self._current: Prompt | None = None
@@ -126,21 +129,21 @@ class Calls:
 
     def _check_prompt(self, given: dict[str, Any], cache: Any) -> None:
         """Raise EditError if what is in the call need not be the prompt and it matters."""
-        if not self._by_prompt:
+        if not self._depend:
             return
         uses_cache = given.get("use_cache")
         if uses_cache is None:
             uses_cache = getattr(self._model.config.get_text_config(), "use_cache", True)
         if cache is None and not uses_cache:
             raise EditError(
-                f"positions {self._by_prompt} depend on where the prompt ends, and with "
+                f"{self._depend} depend on where the prompt ends, and with "
                 "use_cache=False every call looks like a new prompt: leave the cache on, or use "
                 "'all' or a list of positions"
             )
         n_read = given.get("logits_to_keep")
         if cache is not None and isinstance(n_read, int) and n_read > 1:
             raise EditError(
-                f"positions {self._by_prompt} depend on where the prompt ends, and the logits of "
+                f"{self._depend} depend on where the prompt ends, and the logits of "
                 f"{n_read} tokens are read in the call that fills the cache, as in assisted "
                 "decoding, where candidates follow the prompt: generate without an assistant"
             )
@@ -157,9 +160,9 @@ class Calls:
             raise EditError(
                 f"the call has {len(ids)} rows, and its cache began with {len(prompt.frame.ids)}"
             )
-        if self._by_prompt and ids.shape[1] > 1:
+        if self._depend and ids.shape[1] > 1:
             raise EditError(
-                f"positions {self._by_prompt} depend on where the prompt ends, and "
+                f"{self._depend} depend on where the prompt ends, and "
                 f"{ids.shape[1]} tokens were added to a cache at once, which may be more of the "
                 "prompt or candidates of an assistant: give the whole prompt in one call, and "
                 "generate without prefill chunks and without an assistant"

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from holdfast.canonical import canonical_json
 from holdfast.config import Config
-from holdfast.edits import MODES, Edit, FeatureEdit, Gate
+from holdfast.edits import MODES, Edit, FeatureEdit
 from holdfast.errors import DamagedRecordError, EditError, SAEError, StoreError, SubjectError
 from holdfast.families import d_model_of, family_of
 from holdfast.features import EVERY_GROUP
+from holdfast.gates import Gate
 from holdfast.hooks import attached
 from holdfast.positions import Where
 from holdfast.saes.bank import FeatureBank
@@ -246,6 +247,8 @@ def _saveable(edit: Edit, index: int) -> FeatureEdit:
         why = "whether its condition's feature is on depends on all features of its TopK SAE"
     elif edit.gate is not None and edit.gate.bank.index.keys() != {EVERY_GROUP}:
         why = "its condition differs by group of prompts"
+    elif edit.decides_on:
+        why = f"a file has no place for {edit.decides_on}"
     if why:
         raise EditError(
             f"edit {index} at {edit.bank.site} cannot be saved by itself: {why}; keep the study "
@@ -268,9 +271,9 @@ def _describe(edit: FeatureEdit, sae_sha256: str) -> SavedEdit:
         value=None if isinstance(edit.value, Tensor) else edit.value,
         positions=edit.where,
         include_bos=edit.include_bos,
-        condition=None
-        if gate is None
-        else SavedCondition(feature=gate.bank.ids[0][0], above=gate.above),
+        condition=SavedCondition(feature=gate.bank.ids[0][0], above=gate.above)
+        if isinstance(gate, Gate)
+        else None,
     )
 
 
@@ -355,7 +358,7 @@ def _bank(
 
 def _to(edit: FeatureEdit, device: torch.device) -> FeatureEdit:
     value = edit.value.to(device) if isinstance(edit.value, Tensor) else edit.value
-    gate = edit.gate and replace(edit.gate, bank=edit.gate.bank.to(device))
+    gate = edit.gate and edit.gate.to(device)
     return replace(edit, bank=edit.bank.to(device), value=value, gate=gate)
 
 

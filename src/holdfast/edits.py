@@ -7,7 +7,7 @@ so a later site sees what earlier edits did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.errors import EditNeverFiredError, PositionError
+from holdfast.gates import Gating
 from holdfast.positions import Where, check_possible, selected
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.sae import SAE
@@ -53,6 +54,22 @@ class Placed(Protocol):
         ...
 
 
+@runtime_checkable
+class Deciding(Protocol):
+    """An edit that may decide on a whole prompt what it does to each token of it."""
+
+    @property
+    def decides_on(self) -> str:
+        """What it decides on, if that is more than each token by itself; empty otherwise."""
+        ...
+
+
+def decided_on_whole(edits: Sequence[Edit]) -> str:
+    """What the first of the edits that decide on a whole prompt decides on; empty if none does."""
+    reasons = (edit.decides_on for edit in edits if isinstance(edit, Deciding))
+    return next(filter(None, reasons), "")
+
+
 def never_fired(edit: object, site: Site) -> EditNeverFiredError:
     return EditNeverFiredError(
         f"{type(edit).__name__} at {site} touched no token of any row; check its positions and "
@@ -67,21 +84,6 @@ def splice(x: Tensor, change: Tensor, mask: Tensor) -> Tensor:
     """
     wide = x if x.dtype == torch.float64 else x.float()
     return torch.where(mask[..., None], (wide + change).to(x.dtype), x)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Lets an edit act on the tokens where one feature of the edit's site exceeds a value.
-
-    bank: a slice of that one feature; above: in the SAE's activation units, strict.
-    """
-
-    bank: FeatureBank
-    above: float
-
-    def opens(self, x: Tensor, frame: Frame) -> Tensor:
-        """[b s] bool, read from x [b s d_model] as it is before the edit."""
-        return self.bank.activations(x, frame)[..., 0] > self.above
 
 
 MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -113,7 +115,7 @@ class FeatureEdit:
     include_bos: bool = False
     error_scale: float = 1.0
     sae: SAE | None = None
-    gate: Gate | None = None
+    gate: Gating | None = None
 
     def __post_init__(self) -> None:
         assert self.mode in MODES, self.mode
@@ -123,6 +125,10 @@ class FeatureEdit:
     @property
     def sites(self) -> tuple[Site, ...]:
         return (self.bank.site,)
+
+    @property
+    def decides_on(self) -> str:
+        return "" if self.gate is None else self.gate.decides_on
 
     def selects(self, site: Site, frame: Frame) -> Tensor:
         return selected(self.where, self.include_bos, frame)
@@ -188,6 +194,9 @@ class Perturbation:
         return torch.stack(squares).sum(0).sqrt()
 
     def _own_rows(self, frame: Frame) -> Tensor:
+        return frame.once(self, lambda: self._found(frame))
+
+    def _found(self, frame: Frame) -> Tensor:
         unknown = [example for example in frame.ids if example not in self._row]
         if unknown:
             raise PositionError(

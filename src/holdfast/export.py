@@ -46,7 +46,7 @@ def _sentence(edit: FeatureEdit) -> str:
         f"{edit.mode} {value}: {n_features} features at {bank.site}"
         f"{f' in {groups} groups of prompts' if groups else ''}, positions {edit.where} "
         f"{'with' if edit.include_bos else 'without'} BOS"
-        f"{f', where feature {gate.bank.ids[0][0]} is over {gate.above:g}' if gate else ''}"
+        f"{f', {gate.words}' if gate else ''}"
     )
 
 

@@ -157,6 +157,7 @@ def result_of(found: Found) -> dict[str, Any]:
             "closed_form_error_max": _largest(recovery.smallest_norm / closed.norm - 1),
             "closed_form_error_min": -_largest(1 - recovery.smallest_norm / closed.norm),
             "free_share_mean": float(closed.share.nanmean()),
+            "replay": problem.replay.extent,
             "replay_error": _largest((checks.margin - recovery.margin.double()).abs()),
         },
         "labels": _labels(found),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +27,13 @@ if TYPE_CHECKING:
 
 
 def apply_edits(edits: Sequence[Edit], site: Site, x: Tensor, frame: Frame) -> Tensor:
-    """x [b s d] after every edit that acts at `site`, in order."""
+    """x [b s d] after every edit of `site`, in order.
+
+    Whether an edit selects anything in the frame is not asked: the answer would have to be waited
+    for, and an edit leaves alone what it does not select.
+    """
     for edit in edits:
-        if site in edit.sites and bool(edit.selects(site, frame).any()):
+        if site in edit.sites:
             x = edit.apply(site, x, frame)
     return x
 
@@ -95,7 +98,7 @@ class AttachedEdits:
         frame = self.frame
         if frame is not None and frame.positions.device != x.device:
             # A model that is spread over devices hands its residual from one to the next.
-            frame = self.frame = _moved(frame, x.device)
+            frame = self.frame = frame.to(x.device)
         if frame is None or x.ndim != 3 or x.shape[:2] != frame.positions.shape:
             expected = (
                 "a call of the whole model, which says what rows and positions these are"
@@ -110,11 +113,6 @@ class AttachedEdits:
                 if n_selected:
                     x = edit.apply(site, x, frame)
         return x
-
-
-def _moved(frame: Frame, device: torch.device) -> Frame:
-    names = ("positions", "prompt_length", "bos", "template")
-    return replace(frame, **{name: getattr(frame, name).to(device) for name in names})
 
 
 @contextmanager

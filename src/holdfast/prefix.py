@@ -24,11 +24,17 @@ class PrefixCache:
     """Stands in for a block's key-value cache: what a block writes is handed back as it is.
 
     prefix: layer → (keys, values), each [n heads s₀ d_head], or empty without a prefix. In a layer
-    with a sliding window s₀ is cut to the window, as the recorded masks are.
+    with a sliding window s₀ is cut to the window, as the recorded masks are. homes: layer → the
+    device that `rows` brings its rows to, where the whole waits in the host's memory.
     """
 
-    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor] | None]):
+    def __init__(
+        self,
+        prefix: Sequence[tuple[Tensor, Tensor] | None],
+        homes: Sequence[torch.device | None] = (),
+    ):
         self.prefix = prefix
+        self.homes = homes
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
@@ -41,8 +47,18 @@ class PrefixCache:
         return own
 
     def rows(self, rows: Tensor) -> PrefixCache:
-        return PrefixCache(
-            tuple(None if own is None else (own[0][rows], own[1][rows]) for own in self.prefix)
+        """Some rows, in the order given, where their blocks compute."""
+
+        def pick(kept: Tensor, home: torch.device | None) -> Tensor:
+            own = kept[rows.to(kept.device)]
+            return own if home is None else own.to(home)
+
+        homes = self.homes or (None,) * len(self.prefix)
+        return type(self)(
+            tuple(
+                None if own is None else (pick(own[0], home), pick(own[1], home))
+                for own, home in zip(self.prefix, homes, strict=True)
+            )
         )
 
 
@@ -95,6 +111,7 @@ def attend(
     additive. Softmax in float32, as the families' own formula has it.
     """
     keys, values = _read.get().of(int(module.layer_idx))  # type: ignore[arg-type]
+    keys, values = keys.to(query.device), values.to(query.device)  # if all rows are run at once
     n, h, s, d = query.shape
     groups, before = key.shape[1], keys.shape[2]
     # Heads that share keys stand next to each other: their queries are rows of one product.

@@ -71,6 +71,9 @@ class Subject:
     ) -> Subject:
         """Put loaded parts together; SAEs go where their site's residual is.
 
+        The model is put into evaluation mode and its weights are frozen: dropout would make every
+        pass another one, and no weight ever needs a gradient.
+
         Raises SAEError if an SAE does not fit the model, SubjectError for an unknown family, an
         attention implementation that computes it wrong, or a tokenizer without a BOS to prepend.
         """
@@ -89,6 +92,7 @@ class Subject:
             placed[site] = sae.to(_device_of(blocks[max(site.layer, 0)]))
         if prepend_bos and tokenizer.bos_token_id is None:
             raise SubjectError(f"prepend_bos: the tokenizer of {name} has no BOS token")
+        model.eval().requires_grad_(False)
         return cls(name, model, tokenizer, placed, family, batch_size, prepend_bos)
 
     @property

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Example, Frame
 from holdfast.discovery import with_scale
-from holdfast.edits import Capture, Edit, FeatureEdit, Gate
-from holdfast.errors import FeatureError, PositionError, StudyError
+from holdfast.edits import Capture, Edit, FeatureEdit, decided_on_whole
+from holdfast.errors import EditError, FeatureError, PositionError, StudyError
 from holdfast.features import FeatureSet, SiteFeatures
-from holdfast.hooks import apply_edits
+from holdfast.gates import Gate, PromptGate
+from holdfast.hooks import apply_edits, attached
 from holdfast.interventions import INTERVENTIONS, InterventionKind
-from holdfast.interventions.clamp import Clamp, Condition, Scale
+from holdfast.interventions.clamp import Clamp, Condition, PromptCondition, Scale
 from holdfast.interventions.several import Several
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.inputs import Inputs
@@ -729,6 +730,85 @@ def test_a_condition_is_of_one_site(batch: Batch) -> None:
     assert second.gate is not None and second.gate.bank.site == LATER
 
 
+# --- Conditions on the whole prompt ---------------------------------------------------------------
+
+
+def often(share: float, above: float = 0.2, *features: int) -> PromptCondition:
+    return PromptCondition(share=share, above=above, features=features)
+
+
+@pytest.mark.parametrize("include_bos", [True, False])
+@pytest.mark.parametrize("own", [(), (7, 11)], ids=["clamped features", "named features"])
+def test_a_condition_on_the_prompt_counts_tokens(
+    subject: Subject, batch: Batch, own: tuple[int, ...], include_bos: bool
+) -> None:
+    """Against a count by hand; the share itself is not over the share."""
+    x, frame = torch.randn(*batch.tokens.shape, 32), batch.frame()
+    counted = batch.positions >= (0 if include_bos else 1)
+    z = subject.sae(SITE).full().encode(x)[..., list(own or (1, 5, 9))]
+    shares = ((z > 0.2).any(-1) & counted).sum(1).double() / counted.sum(1)
+    levels = sorted(set(shares.tolist()))
+    assert len(levels) > 2 and levels[-1] > 0
+    for share in (0.0, levels[0], levels[1], levels[-1]):
+        if share == 1.0:
+            continue
+        edit, _ = both(
+            subject, one_site((1, 5, 9)), "add", condition=often(share, 0.2, *own),
+            include_bos=include_bos,
+        )  # fmt: skip
+        got = edit.apply(SITE, x, frame)
+        plain = replace(edit, gate=None).apply(SITE, x, frame)
+        for row, own_share in enumerate(shares.tolist()):
+            assert torch.equal(got[row], plain[row] if own_share > share else x[row]), share
+
+
+def test_cached_generation_keeps_what_the_prompt_decided(subject: Subject, chats: Batch) -> None:
+    """Though the tokens that follow would have decided otherwise."""
+    capture = Capture(SITE)
+    subject.outputs(chats, (capture,))
+    z = subject.sae(SITE).full().encode(capture.seen[0][1])[..., 7]
+    counted = chats.positions > 0
+    shares = ((z > 0.2) & counted).sum(1) / counted.sum(1)
+    edit, _ = both(subject, one_site(), "set", condition=often(float(shares.median()), 0.2, 7))
+    edit = replace(edit, value=-12.0)
+    opened = Opened(edit)
+    subject.generate(chats, (opened,), 6)
+    assert set(opened.states) == {True, False}, "some prompts are clamped, some are not"
+    check_cached(subject, chats, (edit,))
+    with attached(subject.model, (edit,)):
+        made = subject.model.generate(
+            input_ids=chats.tokens, attention_mask=chats.mask, max_new_tokens=6, do_sample=False
+        )[:, chats.tokens.shape[1] :]
+    own = subject.generate(chats, (edit,), 6)
+    assert torch.equal(made[:, : own.shape[1]], own)
+
+
+def test_a_part_of_a_prompt_decides_nothing(subject: Subject, batch: Batch) -> None:
+    edit, _ = both(subject, one_site(), "set", condition=often(0.3))
+    frame, width = batch.frame(), batch.tokens.shape[1]
+    with pytest.raises(EditError, match=r"over a part of a prompt; give the whole prompt"):
+        edit.apply(SITE, torch.randn(8, 3, 32), frame.columns(slice(width - 3, width)))
+    later = replace(frame, positions=frame.positions[:, -1:] + 1)
+    with pytest.raises(EditError, match=r"goes on from a prompt that it never saw"):
+        replace(edit).apply(SITE, torch.randn(8, 1, 32), replace(later, decided={}))
+    on = attached(subject.model, (edit,))
+    with pytest.raises(EditError, match=r"condition on the whole prompt depend on where"), on:
+        subject.model(batch.tokens, attention_mask=batch.mask, use_cache=False)
+
+
+def test_a_condition_on_the_prompt_says_what_it_is(subject: Subject) -> None:
+    kind = Clamp(mode="set", value=1.0, condition=often(0.25))
+    assert (
+        "where any clamped feature exceeds 0.2 on more than 0.25 of the tokens"
+        in (kind.formulas[0])
+    )
+    (edit,) = kind.edits(subject, one_site((1, 5)))
+    assert isinstance(edit, FeatureEdit) and edit.gate is not None
+    assert decided_on_whole((edit,)) == "a clamp's condition on the whole prompt"
+    assert decided_on_whole((replace(edit, gate=None),)) == ""
+    assert "any of 2 features over 0.2 on more than 0.25" in edit.gate.words
+
+
 # --- Positions ------------------------------------------------------------------------------------
 
 SUFFIX = " w38 w39"
@@ -875,7 +955,7 @@ class Opened:
         self.selects, self.check_fired = edit.selects, edit.check_fired
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
-        assert isinstance(self.edit.gate, Gate)
+        assert isinstance(self.edit.gate, Gate | PromptGate)
         self.states += self.edit.gate.opens(x, frame)[self.selects(site, frame)].tolist()
         return self.edit.apply(site, x, frame)
 
@@ -920,6 +1000,8 @@ def test_every_clamp_is_toml_object_and_json_at_once() -> None:
         {"kind": "clamp", "value": 1.0, "error_term": "drop"},
         {"kind": "clamp", "value": 1.0, "error_term": {"scale": 0.25}},
         {"kind": "clamp", "value": 1.0, "condition": {"feature": 3, "above": 0.5}},
+        {"kind": "clamp", "value": 1.0, "condition": {"share": 0.05, "above": 0.5}},
+        {"kind": "clamp", "value": 1.0, "condition": {"share": 0.05, "features": [3, 4]}},
         {
             "kind": "several",
             "of": [
@@ -946,6 +1028,7 @@ def test_every_clamp_is_toml_object_and_json_at_once() -> None:
         ({"value": 1.0, "positions": (-1,)}, "greater than or equal to 0"),
         ({"value": 1.0, "error_term": "half"}, "'drop'"),
         ({"value": 1.0, "condition": {"feature": 1, "above": -0.5}}, "greater than or equal"),
+        ({"value": 1.0, "condition": {"share": 1.0}}, "less than 1"),
     ],
 )
 def test_a_clamp_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:

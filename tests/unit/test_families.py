@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from holdfast.batch import Batch, Frame
+from holdfast.block_calls import with_cache
 from holdfast.edits import Capture, Edit, Perturbation
 from holdfast.errors import EditError, SubjectError
 from holdfast.families import FAMILIES, Family, d_model_of, family_of
 from holdfast.hooks import AttachedEdits
-from holdfast.replay import PrefixCache, Replay, _with_cache
+from holdfast.prefix import PrefixCache
+from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subject import Subject
+from holdfast.testing import random_sae
 from tests.families import (
     BITES,
     CASES,
@@ -310,10 +313,96 @@ def recorded(
     return Replay.record(subject, batch, site, positions, before=before, after=after)
 
 
+@in_every_family("replay logits")
+@pytest.mark.parametrize("lengths", [(5, 14, 14, 14, 8), (9, 9, 9)], ids=["ragged", "even"])
+@pytest.mark.parametrize("where", ["last", "last three"])
+def test_recorded_in_pieces_equals_recorded_at_once(
+    subject: Subject, lengths: tuple[int, ...], where: str
+) -> None:
+    """One piece of the ragged batch has no padding, and of a single query transformers then leaves
+    the mask out."""
+    batch = prompts(subject, lengths)
+    positions = positions_of(batch, where)
+    delta = torch.randn(*positions.shape, D_MODEL)
+    at_once = recorded(subject, batch, SITES[1], positions, True)
+    pieces = recorded(replace(subject, batch_size=2), batch, SITES[1], positions, True)
+    close(pieces.logits(delta), at_once.logits(delta))
+    close(pieces.residual(), at_once.residual())
+    rows = torch.tensor([2, 0, 0, 1])
+    close(pieces.rows(rows).logits(delta[rows]), at_once.logits(delta)[rows])
+
+
+class HeldPlane:
+    """Takes the part along a direction back to what it was, at some positions; an edit for full
+    passes, and what a replay does with a site's residual."""
+
+    def __init__(self, site: Site, positions: Tensor, reference: Tensor, normal: Tensor):
+        self.site, self.positions = site, positions
+        self.reference, self.normal = reference, normal
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.site,)
+
+    def rows(self, rows: Tensor) -> HeldPlane:
+        return HeldPlane(self.site, self.positions[rows], self.reference[rows], self.normal)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x - ((x - self.reference) @ self.normal)[..., None] * self.normal
+
+    def selects(self, site: Site, frame: Frame) -> Tensor:
+        here = frame.positions[:, None] == self.positions[..., None]
+        return (here & (self.positions[..., None] >= 0)).any(1)
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        for p in range(self.positions.shape[1]):
+            here = (frame.positions == self.positions[:, p, None]) & (frame.positions >= 0)
+            off = ((x - self.reference[:, p, None]) @ self.normal)[..., None] * self.normal
+            x = torch.where(here[..., None], x - off, x)
+        return x
+
+    def check_fired(self, site: Site, n_fired: int) -> None:
+        assert n_fired
+
+
+@in_every_family("replay logits", "replay gradients")
+def test_several_clamped_layers_that_are_held_replay_as_the_full_pass_runs(
+    subject: Subject,
+) -> None:
+    """Clamps at two sites, vectors at both, and both put back into a plane on the way."""
+    batch = prompts(subject, RAGGED)
+    later = Site(3)
+    both = replace(subject, saes={**subject.saes, later: random_sae(later, D_MODEL, seed=5)})
+    clamps = (clamp(subject), clamp(both, site=later))
+    positions = positions_of(batch, "fewer in some")
+    replay = Replay.record(both, batch, (CLAMPED, later), positions, before=clamps)
+    normal = torch.nn.functional.normalize(torch.randn(2, D_MODEL), dim=-1)
+    hold = {
+        site: HeldPlane(site, positions, replay.reference[site], normal[i])
+        for i, site in enumerate((CLAMPED, later))
+    }
+    replay = replace(replay, hold=hold)
+    delta = torch.randn(len(batch), 4, D_MODEL, requires_grad=True)
+    parts = replay.parts(delta)
+    weight = torch.randn(len(batch), subject.model.config.get_text_config().vocab_size)
+    weight /= weight.norm(dim=1, keepdim=True)
+
+    logits = replay.logits(delta)
+    added = Perturbation(batch.ids, positions, parts)
+    full = both.forward_with_gradients(batch, (*clamps, added, *hold.values()))
+    close(logits, full)
+    used = (positions >= 0).repeat(1, 2)
+    expected = torch.autograd.grad((full * weight).sum(), delta)[0][used]
+    close(torch.autograd.grad((logits * weight).sum(), delta)[0][used], expected)
+
+    really = Perturbation(batch.ids, positions, replay.parts(replay.realized(delta).detach()))
+    close(logits.detach(), both.outputs(batch, (*clamps, really))[:, -1])
+
+
 def test_a_block_called_without_a_cache_cannot_be_replayed() -> None:
     call = ((), {"attention_mask": torch.zeros(2, 1, 1, 3)})
     with pytest.raises(EditError, match="block 3 was called with 0 key-value caches"):
-        _with_cache(call, PrefixCache(()), 3)
+        with_cache(call, PrefixCache(()), 3)
 
 
 def test_blocks_that_are_not_where_the_row_says() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from holdfast.prefix import PrefixCache, attend, attending
+from holdfast.prefix import ConstantCache, PrefixCache, attend, attending
 from holdfast.testing import tiny_subject
 
 BEFORE, AFTER, HEADS, WIDTH = 5, 3, 4, 8
@@ -61,6 +61,18 @@ def test_it_equals_attention_over_one_tensor(
     for ours, theirs in zip(mine[1:], other[1:], strict=True):
         torch.testing.assert_close(ours[:, :, BEFORE:], theirs[:, :, BEFORE:], atol=1e-6, rtol=1e-4)
         assert not ours[:, :, :BEFORE].any(), "nothing is derived with respect to the prefix"
+
+
+def test_rows_are_brought_from_where_the_prefix_waits_to_where_their_block_computes() -> None:
+    keys, values = torch.randn(2, 3, 1, 2, 4)
+    meta = torch.device("meta")  # the one device beside the host that every machine has
+    own = PrefixCache([None, (keys, values)], [None, meta]).rows(torch.tensor([2, 0, 0, 1]))
+    assert own.prefix[0] is None
+    k, v = own.of(1)
+    assert k.device == v.device == meta and k.shape == (4, 1, 2, 4)
+    here = PrefixCache([None, (keys, values)]).rows(torch.tensor([2, 0]))
+    assert torch.equal(here.of(1)[1], values[[2, 0]])
+    assert isinstance(ConstantCache([(keys, values)]).rows(torch.tensor([0])), ConstantCache)
 
 
 def test_the_model_attends_as_ever_afterwards() -> None:

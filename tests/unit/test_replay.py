@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch
-from holdfast.edits import Edit, FeatureEdit
+from holdfast.edits import Capture, Edit, FeatureEdit
+from holdfast.gates import PromptGate
 from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -102,6 +103,51 @@ def test_rows_can_be_picked_and_repeated(
     torch.testing.assert_close(
         lanes.logits(delta[3:4].expand(4, -1, -1)), whole[3:4].expand(4, -1), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("clamp_first", [True, False])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_clamp_that_decides_on_the_whole_prompt(
+    subject: Subject, batch: Batch, clamp: FeatureEdit, clamp_first: bool, depth: int
+) -> None:
+    """A vector at the last token turns the clamp on at the first: the whole sequence is replayed,
+    and equals the full pass in logits and gradients."""
+    site, width = Site(depth), batch.tokens.shape[1]
+    positions = batch.prompt_length[:, None] - 1
+    delta = (3 * torch.randn(len(batch), 1, 32)).requires_grad_()
+    weight = torch.randn(len(batch), subject.model.config.vocab_size)
+    added = Added(site, positions, delta)
+    largest = []
+    for with_it in ((), (added,)):
+        capture = Capture(SITE)
+        full_pass(subject, batch.tokens, batch.frame(), (*with_it, capture))
+        largest.append(clamp.bank.activations(capture.seen[0][1], batch.frame()).amax(-1))
+    above = float((largest[0] + largest[1])[0, -1] / 2)
+    counted = batch.positions > 0
+    shares = [((z > above) & counted).sum(1) / counted.sum(1) for z in largest]
+    changed = (shares[0] != shares[1]).nonzero().flatten()
+    assert len(changed), "a vector decides"
+    share = float((shares[0] + shares[1])[changed[0]] / 2)
+    edit = replace(clamp, mode="set", value=4.0, gate=PromptGate(clamp.bank, above, share))
+    edits = (edit, added) if clamp_first else (added, edit)
+    logits, gradient = by_full_pass(subject, batch, edits, delta, weight)
+
+    replay = Replay.record(
+        subject, batch, site, positions,
+        before=(edit,) if clamp_first else (), after=() if clamp_first else (edit,),
+    )  # fmt: skip
+    assert replay.extent == "whole sequence: a clamp's condition on the whole prompt"
+    assert replay.frame.positions.shape[1] == width and not replay.prefix
+    again = replay.logits(delta)
+    torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+    gradient_again = torch.autograd.grad((again * weight).sum(), delta)[0]
+    rounding = 1e-5 * float(gradient.abs().max())
+    torch.testing.assert_close(gradient_again, gradient, atol=rounding, rtol=0)
+    rows = torch.tensor([5, 0, 0, 7])
+    picked = replay.rows(rows).logits(delta[rows])
+    torch.testing.assert_close(picked, logits[rows], atol=1e-5, rtol=1e-5)
+    plain = Replay.record(subject, batch, site, positions, before=(clamp,))
+    assert plain.extent == "suffix" and plain.frame.positions.shape[1] < width
 
 
 def test_the_prefix_is_never_changed(subject: Subject, batch: Batch, clamp: FeatureEdit) -> None:

@@ -10,7 +10,6 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdfast.batch import Frame
 from holdfast.errors import FeatureError, SAEError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.saes import tensors
@@ -57,9 +57,10 @@ def sliced() -> list[Any]:
     ]
 
 
-def frame(n_rows: int, *groups: str) -> Any:
-    """All that a bank asks of a frame."""
-    return SimpleNamespace(groups=groups or ("*",) * n_rows)
+def frame(n_rows: int, *groups: str) -> Frame:
+    """A bank asks for the groups alone."""
+    groups, nothing = groups or ("*",) * n_rows, torch.zeros(n_rows)
+    return Frame(groups, groups, nothing[:, None], nothing, nothing, nothing)
 
 
 @pytest.mark.parametrize("case", sliced())

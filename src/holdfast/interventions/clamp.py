@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from holdfast.config import Config
-from holdfast.edits import Edit, FeatureEdit, Gate
+from holdfast.edits import Edit, FeatureEdit
 from holdfast.errors import FeatureError, StudyError
 from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.gates import Gate, PromptGate
 from holdfast.interventions import InterventionKind
 from holdfast.positions import Where
 from holdfast.saes.bank import FeatureBank
@@ -31,6 +32,38 @@ class Condition(Config):
     feature: int = Field(ge=0)
     above: float = Field(0.0, ge=0)
 
+    @property
+    def words(self) -> str:
+        return f"where feature {self.feature} exceeds {self.above:g}"
+
+    def gate(self, subject: Subject, clamped: FeatureBank, include_bos: bool) -> Gate:
+        return Gate(_bank(subject, clamped.site, (self.feature,)), self.above)
+
+
+class PromptCondition(Config):
+    """Act on a whole prompt and its answer, or not at all: if on more than `share` of the prompt's
+    tokens a feature of the clamped site exceeds `above`, before the clamp (METHODS A.6).
+
+    features: any of these counts; left out, any of the clamped ones. BOS counts where it is
+    clamped.
+    """
+
+    share: float = Field(ge=0, lt=1)
+    above: float = Field(0.0, ge=0)
+    features: tuple[Annotated[int, Field(ge=0)], ...] = ()
+
+    @property
+    def words(self) -> str:
+        named = f"of {list(self.features)}" if self.features else "clamped feature"
+        return (
+            f"on prompts where any {named} exceeds {self.above:g} on more than {self.share:g} of "
+            "the tokens"
+        )
+
+    def gate(self, subject: Subject, clamped: FeatureBank, include_bos: bool) -> PromptGate:
+        own = _bank(subject, clamped.site, self.features) if self.features else clamped
+        return PromptGate(own, self.above, self.share, include_bos)
+
 
 class Clamp(InterventionKind):
     """Give features new values at the chosen positions (METHODS A.3).
@@ -42,7 +75,8 @@ class Clamp(InterventionKind):
     of which one is chosen on the tune split. units: what value is
     in, the SAE's own activations, or those it had if its decoder rows had norm 1, which dashboards
     show. features: those to clamp, instead of what discovery
-    finds. condition: act only where a feature is on. error_term: what becomes of `x − D(E(x))`:
+    finds. condition: act only where a feature is on, or only on prompts in which features are on
+    often. error_term: what becomes of `x − D(E(x))`:
     keep it, drop it (the clamped reconstruction is passed on), or scale it.
     """
 
@@ -55,7 +89,7 @@ class Clamp(InterventionKind):
     include_bos: bool = False
     units: Literal["activation", "unit_decoder"] = "activation"
     features: tuple[SiteFeatures, ...] = ()
-    condition: Condition | None = None
+    condition: Condition | PromptCondition | None = None
     error_term: Literal["keep", "drop"] | Scale = "keep"
 
     @model_validator(mode="after")
@@ -102,9 +136,7 @@ class Clamp(InterventionKind):
             "max_scaled": f"z ← {value} · the feature's maximum on the fit split",
         }[self.mode]
         bos = "BOS included" if self.include_bos else "BOS left alone"
-        gate = ""
-        if self.condition is not None:
-            gate = f", where feature {self.condition.feature} exceeds {self.condition.above:g}"
+        gate = f", {self.condition.words}" if self.condition else ""
         error = {1.0: "error term kept", 0.0: "error term dropped"}.get(
             self.error_scale, f"error term times {self.error_scale:g}"
         )
@@ -147,9 +179,7 @@ class Clamp(InterventionKind):
     def _edit(self, subject: Subject, features: FeatureSet, site: Site) -> FeatureEdit:
         sae = subject.sae(site)
         bank = FeatureBank.of(sae, features)
-        gate = None
-        if self.condition is not None:
-            gate = Gate(_single(subject, site, self.condition.feature), self.condition.above)
+        given = self.condition
         return FeatureEdit(
             bank=bank,
             mode="set" if self.mode in ("mean", "max_scaled") else self.mode,
@@ -158,7 +188,7 @@ class Clamp(InterventionKind):
             include_bos=self.include_bos,
             error_scale=self.error_scale,
             sae=None if self.error_scale == 1.0 else sae.full(),
-            gate=gate,
+            gate=None if given is None else given.gate(subject, bank, self.include_bos),
         )
 
     def _values(self, features: FeatureSet, bank: FeatureBank) -> float | Tensor:
@@ -190,7 +220,7 @@ def _ids(entries: tuple[SiteFeatures, ...]) -> dict[tuple[str, str], tuple[int, 
     return {(entry.site, entry.group): entry.ids for entry in entries}
 
 
-def _single(subject: Subject, site: Site, feature: int) -> FeatureBank:
-    """A bank of one feature, for prompts of every group."""
-    only = SiteFeatures(site=str(site), ids=(feature,))
+def _bank(subject: Subject, site: Site, ids: tuple[int, ...]) -> FeatureBank:
+    """A bank of some features, for prompts of every group."""
+    only = SiteFeatures(site=str(site), ids=ids)
     return FeatureBank.of(subject.sae(site), FeatureSet(entries=(only,), source="given"))

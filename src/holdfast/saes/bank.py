@@ -15,7 +15,7 @@ from holdfast.batch import Frame
 from holdfast.errors import FeatureError
 from holdfast.features import EVERY_GROUP, FeatureSet
 from holdfast.saes.inputs import Inputs
-from holdfast.saes.sae import SAE, Guarantee, activate, guarantee_of, kth_limit
+from holdfast.saes.sae import SAE, Guarantee, activate, guarantee_of
 from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
 
@@ -90,6 +90,9 @@ class FeatureBank:
 
     def slices(self, frame: Frame) -> Tensor:
         """[b] which slice each row of the frame uses. Raises FeatureError for an unknown group."""
+        return frame.once(self, lambda: self._slices(frame))
+
+    def _slices(self, frame: Frame) -> Tensor:
         fallback = self.index.get(EVERY_GROUP)
         rows = [self.index.get(group, fallback) for group in frame.groups]
         if None in rows:
@@ -127,9 +130,7 @@ class FeatureBank:
         limits = self.rows(self.threshold, frame)
         if self.rivals is not None and self.rivals.k is not None:
             # Padding keeps its +inf.
-            limits = torch.maximum(
-                limits, kth_limit(self.rivals.preactivations(x), self.rivals.k).to(limits.dtype)
-            )
+            limits = torch.maximum(limits, self.rivals.limit(x).to(limits.dtype))
         return limits
 
     def decode(self, z: Tensor, x: Tensor, frame: Frame) -> Tensor:

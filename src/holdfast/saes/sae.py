@@ -23,6 +23,9 @@ from holdfast.errors import FeatureError, SAEError
 from holdfast.saes.inputs import Inputs
 from holdfast.sites import Site
 
+CHUNK = 8192
+"""How many features of a TopK are looked at together where only their k-th largest matters."""
+
 Guarantee = Literal["exact", "margin", "none"]
 """What an unchanged `p_S` says of the codes z_S, where p is read as an affine function of x.
 
@@ -167,10 +170,12 @@ class SAE:
         )  # fmt: skip
         return fold(tuple(ids), own, self.inputs, self.subtract_b_dec)
 
-    def preactivations(self, x: Tensor, features: Sequence[int] | None = None) -> Tensor:
+    def preactivations(self, x: Tensor, features: Sequence[int] | slice | None = None) -> Tensor:
         """p [... n] of residuals x [... d_model], only the columns asked for."""
         W, b = self.W_enc, self.b_enc
-        if features is not None:
+        if isinstance(features, slice):
+            W, b = W[:, features], b[features]
+        elif features is not None:
             index = torch.as_tensor(list(features), dtype=torch.long, device=W.device)
             W, b = W[:, index], b[index]
         x = self.inputs.enter(x if x.dtype == torch.float64 else x.float())
@@ -183,11 +188,25 @@ class SAE:
         own = slice(None) if features is None else list(features)
         limit = self.threshold[own].to(p.dtype)
         if self.k is not None:
-            limit = kth_limit(p if features is None else self.preactivations(x), self.k)
+            limit = kth_limit(p, self.k) if features is None else self.limit(x).to(p.dtype)
         magnitude = p
         if self.gain is not None and self.offset is not None:
             magnitude = self.gain[own] * p + self.offset[own]
         return activate(p, limit, magnitude)
+
+    @torch.no_grad()
+    def limit(self, x: Tensor) -> Tensor:
+        """[... 1] `kth_limit` of residuals x [... d_model] under a TopK.
+
+        By CHUNK features at a time: those of a wide SAE at every token would be many times what
+        the model itself holds there.
+        """
+        assert self.k is not None
+        largest: list[Tensor] = []
+        for begin in range(0, self.n_features, CHUNK):
+            p = torch.cat([*largest, self.preactivations(x, slice(begin, begin + CHUNK))], -1)
+            largest = [p.topk(min(self.k + 1, p.shape[-1]), dim=-1).values]
+        return kth_limit(largest[0], self.k)
 
     def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """Reconstruction [... d_model] from codes z [... n_features].

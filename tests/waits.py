@@ -1,0 +1,62 @@
+"""Counts what makes the host wait for a device: reading a tensor's values, shapes that depend on
+them, and copies of Python lists. On a CPU nothing waits, but the same operations are called."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique",
+          "unique_dim", "unique_consecutive", "isin")  # fmt: skip
+
+
+class Waits(TorchDispatchMode):
+    """`places`: where the package was when it waited, one for each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1] or ()
+        )
+        if by_mask or any(name.startswith(wait) for wait in _WAITS):
+            self.note(name)
+        return func(*args, **(kwargs or {}))
+
+    def note(self, what: str) -> None:
+        own = [f for f in traceback.extract_stack() if "holdfast" in f.filename.split("/")]
+        where = f"{own[-1].filename.split('/')[-1]}:{own[-1].lineno}" if own else "elsewhere"
+        self.places.append(f"{what} at {where}")
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """The places where the package waits inside the `with` block."""
+    waits = Waits()
+    with pytest.MonkeyPatch.context() as patch, waits:
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            patch.setattr(torch, name, _noting(waits, name, getattr(torch, name)))
+        for name in ("tolist", "numpy", "cpu"):
+            patch.setattr(Tensor, name, _noting(waits, name, getattr(Tensor, name)))
+        yield waits.places
+
+
+def _noting(waits: Waits, name: str, do: Any) -> Any:
+    def noted(value: Any, *args: Any, **kwargs: Any) -> Any:
+        if name not in ("tensor", "as_tensor") or not isinstance(value, Tensor):
+            waits.note(name)
+        return do(value, *args, **kwargs)
+
+    return noted
