@@ -130,6 +130,19 @@ def test_a_corpus_is_known_by_its_content(tmp_path: Path, kind: ForgetRetain) ->
     assert identity(kind.model_copy(update={"forget": File(path=str(moved))})) != identity(kind)
 
 
+def test_a_line_of_plain_text_is_a_text(
+    tmp_path: Path, subject: Subject, kind: ForgetRetain
+) -> None:
+    rows = map(json.loads, (tmp_path / "forget.jsonl").read_text().splitlines())
+    texts = [row["text"] for row in rows if row["text"]]
+    (tmp_path / "forget.txt").write_text("\n\n".join(texts) + "\n")
+    plain = File(path=str(tmp_path / "forget.txt"))
+    assert [row.cells for row in plain.rows(("text",))] == [{"text": text} for text in texts]
+    assert torch.equal(
+        kind.sparsity(subject, SITE, plain), kind.sparsity(subject, SITE, kind.forget)
+    )
+
+
 def test_too_few_texts_and_nothing_to_take_are_said(
     subject: Subject, batch: Batch, kind: ForgetRetain
 ) -> None:

@@ -20,7 +20,7 @@ from holdfast.organism.assets import resolve
 
 
 class File(DatasetKind):
-    """A JSON-lines, JSON, CSV or Parquet file.
+    """A JSON-lines, JSON, CSV or Parquet file, or plain text with a row (column `text`) a line.
 
     Its content, not its path, is what counts: it is hashed when the study is read, and the trial
     keeps the hash alone. sha256: given in a study, a file of other content is refused.

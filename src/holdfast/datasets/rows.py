@@ -1,4 +1,5 @@
-"""Reading rows from a file: JSON lines, a JSON list, CSV or Parquet. Nothing that runs code."""
+"""Reading rows from a file: JSON lines, a JSON list, CSV, Parquet or plain text. Nothing that runs
+code."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 from holdfast.canonical import sha256_file
 from holdfast.errors import StudyError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".parquet")
 
 
 def check_suffix(path: Path) -> None:
@@ -37,9 +38,9 @@ def _sha256(path: Path, size: int, mtime: int, inode: int) -> str:
 def read(path: Path, label: str) -> list[dict[str, Any]]:
     """The rows of one file as plain Python values. Raises StudyError that begins with `label`."""
     check_suffix(path)
-    what, parse = {".parquet": ("Parquet", _parquet), ".csv": ("CSV", _csv)}.get(
-        path.suffix.lower(), ("JSON", _json)
-    )
+    what, parse = {
+        ".parquet": ("Parquet", _parquet), ".csv": ("CSV", _csv), ".txt": ("plain text", _lines),
+    }.get(path.suffix.lower(), ("JSON", _json))  # fmt: skip
     try:
         rows = parse(path)
     except OSError as error:
@@ -73,6 +74,12 @@ def _json(path: Path) -> list[Any]:
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
     return rows
+
+
+def _lines(path: Path) -> list[Any]:
+    """A row with the column `text` for each line that is not empty."""
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [{"text": line.strip()} for line in lines if line.strip()]
 
 
 def _csv(path: Path) -> list[Any]:
