@@ -123,6 +123,7 @@ def test_a_corpus_is_known_by_its_content(tmp_path: Path, kind: ForgetRetain) ->
         return json.dumps(of.model_dump(mode="json", context={"identity": True}))
 
     assert str(tmp_path) not in identity(kind)
+    assert identity(ForgetRetain.model_validate_json(identity(kind))) == identity(kind)
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_text((tmp_path / "forget.jsonl").read_text())
     assert identity(kind.model_copy(update={"forget": File(path=str(moved))})) == identity(kind)
