@@ -76,7 +76,8 @@ class Setting:
     explained: dict[str, float] = field(default_factory=dict)
 
     def under(self, features: FeatureSet) -> Setting:
-        """The same prompts under the same intervention, of the same strength, on other features.
+        """The same prompts under the same intervention, of the same strength and with thresholds
+        that were learnt for its own features, on other features.
 
         features: without their statistics, which are measured here on the fit split.
         """
@@ -176,6 +177,7 @@ def prepare(
     }
     features = intervention.clamped(discovery.find(subject, splits["fit"], fit_neighbors))
     features = with_scale(subject, splits["fit"], features)
+    intervention = intervention.fitted(subject, features, tuple(fit_neighbors.values()))
     tune_neighbors = {
         name: subject.batch(examples, readout)
         for name, examples in behavior.neighbors(tokenizer, "tune", data.tune, seed).items()

@@ -335,10 +335,16 @@ def test_unlearning_of_the_organism(tmp_path: Path) -> None:
     lent = run.load(exact["id"])["result"]["paths"]["orders"]
     back = {(row["name"], row["scale"]): row["back"]["estimate"] for row in lent}
     assert back["same_letter", 1.0] > 0.5 and back["other_question", 2.0] > 0.5
+    guarded = next(row for row in run.summary()["trials"] if row["audit"] == "guardrail")
+    result = run.load(guarded["id"])["result"]
+    acts = {m["name"]: m["estimate"] for m in result["measurements"] if "trigger." in m["name"]}
+    assert acts["trigger.test.prompts"] == 1.0 and acts["trigger.weather.prompts"] == 0.0
+    assert isinstance(result["intervention"]["condition"]["above"], float), "what was learnt"
+    assert result["checks"]["replay"] != "", "a decision on whole prompts is replayed whole"
     page = tmp_path / "again.html"
     assert holdfast("report", tmp_path / "run", "--out", page).code == 0
     written = (tmp_path / "run" / "report.html").read_text()
-    for at in ("Unlearning score", "Methods on one valid set", "serve another"):
+    for at in ("Unlearning score", "Methods on one valid set", "serve another", "conditional"):
         assert at in written and at in page.read_text()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from holdfast.batch import Batch
 from holdfast.edits import Capture, FeatureEdit, Perturbation
 from holdfast.posthoc import MOVED, common, evaluate
+from holdfast.report.page import environment
+from holdfast.report.posthoc import section
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.statistics import clustered_rate
@@ -108,6 +111,38 @@ def test_a_norm_of_zero_is_counted_and_breaks_nothing() -> None:
     assert second.relative_mean == pytest.approx(0.1)
     at = evaluate({"at": [row("a:1", True, MOVED)], "above": [row("a:1", True, 2 * MOVED)]})
     assert [r.violating.estimate for r in at if r.violating] == [0.0, 1.0]
+
+
+def test_methods_of_one_setting_stand_in_one_table_with_its_suffixes() -> None:
+    def point(constraint: str, value: float, ids: str) -> Any:
+        at = {"intervention.value": value, "recovery.constraint.kind": constraint}
+        rows = tuple(row(f"{i}:1", True, outcome="recovered") for i in ids)
+        return SimpleNamespace(
+            constraint=constraint, main=SimpleNamespace(row={"point": at}, audited=rows)
+        )
+
+    def suffix(audit: str, outcomes: dict[str, str]) -> Any:
+        rows = tuple(row(f"{i}:1", o == "recovered", outcome=o) for i, o in outcomes.items())
+        trial = SimpleNamespace(audit=audit, label="suffix")
+        return SimpleNamespace(trial=trial, row={"point": {"intervention.value": -1.0}}, rows=rows)
+
+    points = (point("one", -1.0, "abc"), point("two", -1.0, "abcd"), point("one", -2.0, "ab"))
+    outcomes = {"a": "recovered", "b": "placeholder", "c": "not_recovered"}
+    data: Any = SimpleNamespace(
+        audits=(SimpleNamespace(name="mine", points=points),),
+        suffixes=(suffix("mine", outcomes), suffix("other", outcomes)),
+    )
+    made = section(data)
+    assert made is not None
+    (table,) = made.context["tables"]
+    assert table["audit"] == "mine, intervention.value=-1.0" and table["n"] == 2
+    shares = {r.method: (r.n_own, r.recovered.estimate) for r in table["rows"]}
+    assert shares == {"one": (3, 1.0), "two": (4, 1.0), "suffix": (2, 0.5)}
+    html = environment().get_template(made.template).render(made.context)
+    assert "suffix" in html and "None" not in html
+    alone: Any = SimpleNamespace(audits=data.audits, suffixes=())
+    alone.audits[0].points = points[2:]
+    assert section(alone) is None
 
 
 def test_no_common_prompt_is_no_figure() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from holdfast.batch import Batch
-from holdfast.edits import FeatureEdit, Gate
+from holdfast.edits import FeatureEdit
 from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.gates import Gate
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject

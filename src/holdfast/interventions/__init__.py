@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny
 
+from holdfast.batch import Batch
 from holdfast.config import Kind
 from holdfast.edits import Edit
 from holdfast.features import FeatureSet
@@ -30,6 +32,13 @@ class InterventionKind(Kind):
 
     def onto(self, features: FeatureSet) -> InterventionKind:
         """The same intervention on other features: itself, unless it names its own."""
+        return self
+
+    def fitted(
+        self, subject: Subject, features: FeatureSet, retain: Sequence[Batch]
+    ) -> InterventionKind:
+        """The same intervention with what it learns from fit prompts to be left alone; itself if it
+        learns nothing. features: as `edits` takes them."""
         return self
 
     def edits(self, subject: Subject, features: FeatureSet) -> tuple[Edit, ...]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from holdfast.batch import Batch
 from holdfast.config import Config
-from holdfast.edits import Edit, FeatureEdit
+from holdfast.edits import Capture, Edit, FeatureEdit
 from holdfast.errors import FeatureError, StudyError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.gates import Gate, PromptGate
 from holdfast.interventions import InterventionKind
-from holdfast.positions import Where
+from holdfast.positions import Where, selected
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -40,29 +43,84 @@ class Condition(Config):
         return Gate(_bank(subject, clamped.site, (self.feature,)), self.above)
 
 
+class Learnt(Config):
+    """A threshold that is learnt from prompts to be left alone: this percentile of what it is on
+    there, from 0 to 100."""
+
+    percentile: float = Field(ge=0, le=100)
+
+    def __str__(self) -> str:
+        return f"percentile {self.percentile:g} of the neighbors"
+
+    def of(self, values: Sequence[float]) -> float:
+        return float(np.percentile(values, self.percentile))
+
+
 class PromptCondition(Config):
     """Act on a whole prompt and its answer, or not at all: if on more than `share` of the prompt's
     tokens a feature of the clamped site exceeds `above`, before the clamp (METHODS A.6).
 
-    features: any of these counts; left out, any of the clamped ones. BOS counts where it is
-    clamped.
+    Either can be learnt from the neighbors' fit prompts without the clamp, as a dynamic guardrail
+    does: `above` as a percentile, over their tokens, of the largest value of these features;
+    `share` as a percentile, over their prompts, of the share of tokens above it. features: any of
+    these counts; left out, any of the clamped ones. BOS counts where it is clamped.
     """
 
-    share: float = Field(ge=0, lt=1)
-    above: float = Field(0.0, ge=0)
+    share: Annotated[float, Field(ge=0, lt=1)] | Learnt
+    above: Annotated[float, Field(ge=0)] | Learnt = 0.0
     features: tuple[Annotated[int, Field(ge=0)], ...] = ()
+
+    @property
+    def learns(self) -> bool:
+        return isinstance(self.above, Learnt) or isinstance(self.share, Learnt)
 
     @property
     def words(self) -> str:
         named = f"of {list(self.features)}" if self.features else "clamped feature"
-        return (
-            f"on prompts where any {named} exceeds {self.above:g} on more than {self.share:g} of "
-            "the tokens"
+        above, share = (
+            f"{value:g}" if isinstance(value, float) else str(value)
+            for value in (self.above, self.share)
         )
+        return f"on prompts where any {named} exceeds {above} on more than {share} of the tokens"
 
     def gate(self, subject: Subject, clamped: FeatureBank, include_bos: bool) -> PromptGate:
-        own = _bank(subject, clamped.site, self.features) if self.features else clamped
-        return PromptGate(own, self.above, self.share, include_bos)
+        if isinstance(self.above, Learnt) or isinstance(self.share, Learnt):
+            raise StudyError(
+                "the clamp's condition has thresholds to learn; give what `fitted` returns"
+            )
+        return PromptGate(self._bank(subject, clamped), self.above, self.share, include_bos)
+
+    def learnt(
+        self, subject: Subject, clamped: FeatureBank, include_bos: bool, retain: Sequence[Batch]
+    ) -> PromptCondition:
+        """The same condition with its thresholds as numbers.
+
+        retain: prompts to be left alone. Raises StudyError where there are none. A share of 1 comes
+        of prompts whose every token is above, and then the clamp never acts: its trigger rates say
+        so.
+        """
+        bank, largest = self._bank(subject, clamped), []
+        for batch in retain:
+            read = Capture(bank.site)
+            subject.outputs(batch, (read,))
+            for frame, x in read.seen:
+                values = bank.activations(x, frame).amax(-1)
+                there = selected("prompt", include_bos, frame)
+                largest += [own[mask].tolist() for own, mask in zip(values, there, strict=True)]
+        if not any(largest):
+            raise StudyError(
+                "the clamp's condition is learnt from the neighbors' fit prompts, and this "
+                "behavior has none; write its thresholds as numbers"
+            )
+        above, share = self.above, self.share
+        if isinstance(above, Learnt):
+            above = above.of([value for own in largest for value in own])
+        if isinstance(share, Learnt):
+            share = share.of([sum(v > above for v in own) / len(own) for own in largest if own])
+        return self.model_copy(update={"above": above, "share": share})
+
+    def _bank(self, subject: Subject, clamped: FeatureBank) -> FeatureBank:
+        return _bank(subject, clamped.site, self.features) if self.features else clamped
 
 
 class Clamp(InterventionKind):
@@ -151,6 +209,18 @@ class Clamp(InterventionKind):
 
     def onto(self, features: FeatureSet) -> Clamp:
         return self.model_copy(update={"features": features.entries}) if self.features else self
+
+    def fitted(
+        self, subject: Subject, features: FeatureSet, retain: Sequence[Batch]
+    ) -> InterventionKind:
+        if not isinstance(self.condition, PromptCondition) or not self.condition.learns:
+            return self
+        if len(features.sites) > 1:
+            return self  # which `edits` refuses
+        (site,) = features.sites
+        bank = FeatureBank.of(subject.sae(site), features)
+        condition = self.condition.learnt(subject, bank, self.include_bos, retain)
+        return self.model_copy(update={"condition": condition})
 
     def edits(self, subject: Subject, features: FeatureSet) -> tuple[Edit, ...]:
         if isinstance(self.value, tuple):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from holdfast.batch import Batch
 from holdfast.edits import Edit
 from holdfast.errors import FeatureError
 from holdfast.features import FeatureSet
@@ -43,6 +45,13 @@ class Several(InterventionKind):
     def onto(self, features: FeatureSet) -> Several:
         own = zip(self.of, features.parts, strict=True)
         return self.model_copy(update={"of": tuple(member.onto(part) for member, part in own)})
+
+    def fitted(
+        self, subject: Subject, features: FeatureSet, retain: Sequence[Batch]
+    ) -> InterventionKind:
+        own = zip(self.of, features.parts, strict=True)
+        members = tuple(member.fitted(subject, part, retain) for member, part in own)
+        return self.model_copy(update={"of": members})
 
     def bare_edits(self, subject: Subject, features: FeatureSet) -> tuple[Edit, ...]:
         own = zip(self.of, features.parts, strict=True)

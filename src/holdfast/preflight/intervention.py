@@ -49,7 +49,8 @@ def set_stage(scene: Scene, intervention: InterventionKind) -> Stage:
     stand_ins = FeatureSet(entries=tuple(entries), source="stand-in")
     first = intervention.candidates()[0]
     features = with_scale(scene.subject, scene.batch, first.clamped(stand_ins))
-    return Stage(scene, first.edits(scene.subject, features))
+    fitted = first.fitted(scene.subject, features, (scene.batch,))
+    return Stage(scene, fitted.edits(scene.subject, features))
 
 
 @dataclass

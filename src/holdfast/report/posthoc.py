@@ -29,7 +29,9 @@ def _tables(data: ReportData, audit: AuditData) -> list[dict[str, Any]]:
     for suffix in data.suffixes:
         at = _setting(suffix.row["point"])
         if suffix.trial.audit == audit.name and at in settings:
-            settings[at][suffix.trial.label] = list(suffix.rows)
+            # What the suffix's placeholder brings back by itself was not searched.
+            searched = [row for row in suffix.rows if row["outcome"] != "placeholder"]
+            settings[at][suffix.trial.label] = searched
     return [
         {
             "audit": ", ".join([audit.name, *at]),
