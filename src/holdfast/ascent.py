@@ -16,7 +16,6 @@ from holdfast.problem import Lanes, Problem, relative_violation
 from holdfast.steppers import Stepper
 from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
 
-
 STILL = 3
 """Steps in a row that may leave a lane exactly where it was; then it has ended."""
 

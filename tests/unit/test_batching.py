@@ -423,7 +423,7 @@ def test_what_cannot_be_split_says_what_to_do_and_keeps_what_is_stored(
     def full(*args: Any, **kwargs: Any) -> Any:
         raise no_memory()
 
-    monkeypatch.setattr("holdfast.attacks.residual.pose", full)
+    monkeypatch.setattr("holdfast.attacks.residual.pose_together", full)
     with pytest.raises(OutOfMemoryError, match=r"2\.00 GiB.*same command.*--limit"):
         run_study(plan(parse(STUDY)), tmp_path / "run", Runtime(workers=1))
     assert (tmp_path / "run" / BATCH_PLAN).is_file()

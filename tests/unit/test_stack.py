@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -203,13 +204,18 @@ def test_rows_that_got_there_leave_the_batch(
     """Lanes in the passes of a stack are those of its searches alone, in as few passes as the
     longest of them needs."""
     sizes: list[int] = []
-    margin = Lanes.margin
 
-    def counted(self: Lanes, delta: Tensor) -> Tensor:
-        sizes.append(len(delta))
-        return margin(self, delta)
+    def counting(name: str) -> None:
+        plain = getattr(Lanes, name)
 
-    monkeypatch.setattr(Lanes, "margin", counted)
+        def counted(self: Lanes, delta: Tensor) -> Any:
+            sizes.append(len(delta))
+            return plain(self, delta)
+
+        monkeypatch.setattr(Lanes, name, counted)
+
+    counting("climbed")
+    counting("margin")
     members = [
         attacked(one_site, spec_of(name), wrong)
         for name in ("unconstrained", "encoder_null")
@@ -329,7 +335,7 @@ def tiny_lab(setting: Setting) -> Lab:
         Example(id=name, text=text, target="w1", rivals=("w2",), alternatives=(), cluster=name)
         for name, text in zip(test.ids, test.texts, strict=True)
     )
-    return Lab({"tiny": setting.subject}, {"tiny": replace(setting, examples=examples)})
+    return Lab({"tiny": setting.subject}, _settings={"tiny": replace(setting, examples=examples)})
 
 
 @pytest.fixture
