@@ -178,7 +178,7 @@ def _add(trace: Trace, own: Trace) -> None:
     """Add what a piece noted to what others did, step by step."""
     for step, noted in enumerate(own):
         if step == len(trace):
-            trace.append(dict.fromkeys(noted, 0))
+            trace.append({"n": 0, "n_reached": 0, "margin": 0.0, "norm": 0.0, "violation": 0.0})
         entry = trace[step]
         largest = max(entry["violation"], noted["violation"])
         for name, value in noted.items():
