@@ -262,6 +262,8 @@ def test_a_search_and_its_verification(
     for a, b in zip(one.trace, two.trace, strict=True):  # noted once, however often it was tried
         assert (a["n_searching"], a["n_reached"]) == (b["n_searching"], b["n_reached"])
         assert a["margin_mean"] == pytest.approx(b["margin_mean"], rel=1e-3, abs=1e-4)
+        # A record's hash tells 0 from 0.0.
+        assert all(isinstance(b[name], float) for name in ("margin_mean", "violation_max"))
     for field in fields(first):
         if field.name not in ("preactivation_drift", "rounding_floor"):
             a, b = getattr(first, field.name), getattr(second, field.name)
