@@ -52,7 +52,7 @@ def baselines(found: Recovered, spec: PathSpec, seed: int) -> list[Variant]:
     undo = _displacement(found)
     means, known = _answer_means(found)
     drawn = tuple(noise(found, seed, draw) for draw in range(spec.draws))
-    lent, lends = _transferred(found, seed, spec.draws)
+    lent, lends = _transferred(found, seed)
     everyone = torch.ones(len(found), dtype=torch.bool, device=found.delta.device)
     still = "the clamp did not move the residual there"
     alone = "the fit split has no prompts with this answer, or none with another"
@@ -61,13 +61,13 @@ def baselines(found: Recovered, spec: PathSpec, seed: int) -> list[Variant]:
     free = {
         "random": (drawn, everyone, ""),
         "undo": ((undo,), everyone, still),
-        "transfer": (lent, lends, nobody),
+        "transfer": ((lent,), lends, nobody),
         "answer_mean": ((means,), known, alone),
     }
     held = {
         "random_inside": (drawn, everyone, outside),
         "undo_inside": ((undo,), everyone, f"{still}, or {outside}"),
-        "transfer_inside": (lent, lends, f"{nobody}, or {outside}"),
+        "transfer_inside": ((lent,), lends, f"{nobody}, or {outside}"),
         "answer_mean_inside": ((means,), known, f"{alone}, or {outside}"),
         "gradient_inside": ((_gradient(found),), everyone, outside),
     }
@@ -116,16 +116,12 @@ def inside(
     return torch.where(there[:, None, None], own, 0.0), there
 
 
-def _transferred(found: Recovered, seed: int, draws: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """[n q d] a draw, and the rows [n] there are any for: the vector found for a prompt of another
-    cluster, drawn by id; slots as far from the last one as in the prompt it was found for.
-
-    Donors are drawn in turn, so that no two draws of a prompt have the same one while others are
-    left.
-    """
+def _transferred(found: Recovered, seed: int) -> tuple[Tensor, Tensor]:
+    """[n q d], and the rows [n] there is one for: the vector found for a prompt of another cluster,
+    drawn by id; slots as far from the last one as in the prompt it was found for."""
     batch = found.case.batch
-    lengths = found.slots.sum((1, 2))
-    made = [torch.zeros_like(found.delta) for _ in range(draws)]
+    lengths = found.slots.sum((1, 2)).tolist()
+    out = torch.zeros_like(found.delta)
     there = torch.zeros(len(found), dtype=torch.bool, device=found.delta.device)
     for row, (example, cluster) in enumerate(zip(batch.ids, batch.clusters, strict=True)):
         # One that covers fewer positions would be shorter for another reason than its direction.
@@ -134,11 +130,10 @@ def _transferred(found: Recovered, seed: int, draws: int) -> tuple[tuple[Tensor,
             for other in range(len(found))
             if batch.clusters[other] != cluster and lengths[other] >= lengths[row]
         ]
-        donors.sort(key=lambda other: digest(f"transfer/{seed}/{example}/{batch.ids[other]}"))
-        there[row] = bool(donors)
-        for draw in range(draws if donors else 0):
-            made[draw][row] = found.delta[donors[draw % len(donors)]]
-    return tuple(delta * found.slots for delta in made), there
+        if donors:
+            keys = {d: digest(f"transfer/{seed}/{example}/{batch.ids[d]}") for d in donors}
+            out[row], there[row] = found.delta[min(donors, key=keys.__getitem__)], True
+    return out * found.slots, there
 
 
 def _displacement(found: Recovered) -> Tensor:

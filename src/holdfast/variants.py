@@ -31,8 +31,8 @@ NOTHING = 1e-4
 class PathSpec(Config):
     """What is added in a recovery's place to see what of it matters.
 
-    scales: norms of the baselines, as multiples of the recovery's; draws: random directions, and
-    other prompts' vectors, for each prompt; margin_draws: random directions more, run for their
+    scales: norms of the baselines, as multiples of the recovery's; draws: random directions for
+    each prompt; margin_draws: random directions more, run for their
     margins alone where these are the behavior; top: how many of the features that change most make
     a part of their own; groups: into how many groups of neighboring positions the perturbed ones
     are put, where there are several. part_scales: norms that the parts of a recovery are brought

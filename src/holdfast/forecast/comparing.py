@@ -23,7 +23,7 @@ def n_variants(scene: Scene) -> int:
     assert spec is not None
     scaled = [name for name in MEANINGS if name != "nothing"]
     kept = [name for name in scaled if exact or not name.endswith("_inside")]
-    draws = sum(spec.draws if name.startswith(("random", "transfer")) else 1 for name in kept)
+    draws = sum(spec.draws if name.startswith("random") else 1 for name in kept)
     baselines = 2 + draws * len(spec.scales)  # nothing, and the clamp taken back as it is
     places = [len(scene.sites), min(spec.groups, scene.positions)]
     split = 0
