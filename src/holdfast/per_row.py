@@ -10,6 +10,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from holdfast.replay import Hold
 from holdfast.steppers import State, Stepper
 from holdfast.subspace import FeasibleSet, Iterate
 
@@ -79,14 +80,6 @@ class SetPerRow:
         )
 
 
-class Hold(Protocol):
-    """What a constraint does to residuals in the forward pass, as `replay.Hold`."""
-
-    def rows(self, rows: Tensor) -> Hold: ...
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Free:
     """Does nothing to a residual."""
@@ -139,7 +132,7 @@ class StepperPerRow:
     def move(self, state: State, gradient: Tensor) -> tuple[Tensor, State]:
         moves, after, begin = torch.zeros_like(gradient), [], 0
         for index, stepper in enumerate(self.steppers):
-            end = begin + len(stepper.start(gradient[:0]))
+            end = begin + len(stepper.start(gradient[:0]))  # the rule's part of the state
             own = (self.owner == index).nonzero().flatten()
             mine = state[begin:end]
             move, changed = stepper.move(tuple(part[own] for part in mine), gradient[own])

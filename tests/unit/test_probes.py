@@ -343,6 +343,23 @@ def test_there_is_no_closed_form_where_the_margin_bends_or_nothing_is_promised(
         assert closed.norm.isnan().all() and closed.share.isnan().all()
 
 
+def test_a_rival_named_twice_is_no_corner_and_rows_beside_it_change_nothing(
+    subject: Subject,
+) -> None:
+    """So rows with one rival can stand in a stack beside rows with several."""
+    own = posed(subject, texts(subject, probes(subject.d_model)), range(4))
+    twice = own.batch.rivals[:, :1].repeat(1, 2)
+    several = own.batch.alternatives[:, :2].clone()
+    assert (several[:, 0] != several[:, 1]).all(), "the fixture: two rivals"
+    rivals = torch.where(torch.arange(len(own))[:, None] % 2 == 0, twice, several)
+    mixed = replace(own, batch=own.batch.aimed(own.batch.targets, rivals))
+    feasible = EncoderNull().feasible(own)
+    alone, closed = ClosedForm.of(own, feasible), ClosedForm.of(mixed, feasible)
+    torch.testing.assert_close(closed.norm[::2], alone.norm[::2])
+    torch.testing.assert_close(closed.share[::2], alone.share[::2])
+    assert closed.norm[1::2].isnan().all() and closed.share[1::2].isnan().all()
+
+
 def test_where_all_directions_are_held_no_norm_is_enough(subject: Subject) -> None:
     problem = posed(subject, texts(subject, probes(subject.d_model)), range(40))
     closed = ClosedForm.of(problem, EncoderNull().feasible(problem))

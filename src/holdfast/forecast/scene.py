@@ -168,5 +168,5 @@ class Scene:
 
     @property
     def rounds(self) -> int:
-        """Rounds of the bisection of a norm, which halve the interval around it."""
+        """Rounds of the bisection of a norm, which halve the interval around it at least."""
         return math.ceil(math.log2(1 / self.search.tolerance))
