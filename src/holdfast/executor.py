@@ -1,6 +1,6 @@
 """Where trials run: on this machine, a few at a time where that is faster.
 
-What is handed out are stacks: trials whose searches are rows of one batch (`trial.stacked`).
+What is handed out are stacks: trials whose searches are rows of one batch (`stacked.py`).
 Operations of a small model are too short to be shared between CPU threads, so such a study runs
 several stacks side by side instead, each on one thread with subjects of its own (hooks are attached
 to a subject, so two threads must never share one). Numbers do not depend on it.
@@ -24,8 +24,9 @@ from holdfast.batching import MOST, Batching, Sizes
 from holdfast.canonical import digest
 from holdfast.errors import DeviceError, EmptyValidSetError
 from holdfast.planning import Plan
+from holdfast.stacked import stacked
 from holdfast.subject import Subject
-from holdfast.trial import Lab, SubjectIdentity, Trial, run_trials, setting_key, stacked
+from holdfast.trial import Lab, SubjectIdentity, Trial, run_trials, setting_key
 
 SMALL = 20_000_000
 """Parameters below which a model counts as small. Two threads within an operation gained nothing

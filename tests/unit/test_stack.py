@@ -29,11 +29,12 @@ from holdfast.saes.bank import FeatureBank
 from holdfast.setting import Setting
 from holdfast.sites import Site
 from holdfast.stack import Stack
+from holdfast.stacked import stacked
 from holdfast.steppers import Adam, Steepest
 from holdfast.study import bundled, parse
 from holdfast.subspace import Everything, Iterate
 from holdfast.testing import tiny_batch, tiny_subject
-from holdfast.trial import Ended, Lab, Trial, run_trial, run_trials, stacked
+from holdfast.trial import Ended, Lab, Trial, run_trial, run_trials
 from tests.unit.recovered import features_at, set_up
 
 SITES = (Site(1), Site(2))
