@@ -19,6 +19,7 @@ from torch import Tensor
 
 from holdfast.behaviors.english import NAMES, TEMPLATES
 from holdfast.edits import Capture
+from holdfast.planning import plan
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.store import RunFolder
@@ -358,27 +359,15 @@ def test_every_bundled_study_names_what_exists() -> None:
             assert parse(text).name == name
 
 
-@pytest.mark.slow
-def test_vectors_at_one_token_hold_the_answer_behind_it(tmp_path: Path) -> None:
-    """The refusal study's `anchor`, with fewer prompts and steps, from the saved run alone."""
-    text = read_text("refusal")
-    start, end = text.index("[[audits]]"), text.index('name         = "anchor"')
-    study = tmp_path / "anchor.toml"
-    study.write_text(text[:start] + "[[audits]]\n" + text[end:])
-    sets = [
-        "audits.0.data.test=3", "recovery.steps=12", "recovery.refine_steps=4",
-        "recovery.tolerance=0.3", "controls=[]",
-        'audits.0.grid."recovery.constraint.kind"=["jacobian_null"]',
-    ]  # fmt: skip
-    flags = [part for value in sets for part in ("--set", value)]
-    said = holdfast("run", str(study), "--out", tmp_path / "run", *flags)
-    assert said.code == 0, said.err
-    run = RunFolder.read(tmp_path / "run")
-    (row,) = run.summary()["trials"]
-    assert row["n_valid"] > 0
-    checks = run.load(row["id"])["result"]["checks"]
-    assert checks["preactivation_drift_anchor_max"] <= 1e-5
-    assert checks["preactivation_drift_answer_max"] <= 1e-5
+def test_the_refusal_study_holds_an_answer_behind_one_token() -> None:
+    """By the only constraint that can: a vector at the prompt's end, three layers, the answer."""
+    trials = [t for t in plan(parse(read_text("refusal"))).trials if t.audit == "anchor"]
+    searched = [t.recovery for t in trials if t.recovery is not None and t.is_audit]
+    assert {spec.constraint.kind for spec in searched} == {"unconstrained", "jacobian_null"}
+    for spec in searched:
+        assert spec.perturb.positions == "last_prompt" and spec.perturb.answer == 0
+        assert spec.budget.relative == 1.0
+    assert all(len(trial.subject.saes) == 3 for trial in trials)
 
 
 # ---------------------------------------------------------------------------------- TPP
