@@ -174,13 +174,13 @@ def _piece(
         (layer.keys, layer.values) if index >= lowest.depth else None
         for index, layer in enumerate(cache.layers)
     ]
-    kept.add(above if start else [], n)
     for capture in captures:
         capture.seen.clear()
     blocks = subject.family.blocks_of(subject.model)
     recorded = record_calls(blocks, lambda: run(slice(start, tokens.shape[1])))
     # A replay gives its own residual; the piece's cache must not be held by its calls.
     calls = reading([(args[1:], kwargs) for args, kwargs in recorded], PrefixCache(()))
+    kept.add(above if start else [], n)  # last: a piece that runs out of memory can be done again
     return _Piece(n, calls, [own.seen.pop()[1][:n] for own in captures])
 
 
