@@ -179,7 +179,7 @@ def _piece(
     recorded = record_calls(blocks, lambda: run(slice(start, tokens.shape[1])))
     # A replay gives its own residual; the piece's cache must not be held by its calls.
     calls = reading([(args[1:], kwargs) for args, kwargs in recorded], PrefixCache(()))
-    kept.add(above if start else [], n)  # last: a piece that did not fit leaves nothing there
+    kept.add(above if start else [], n)  # last: a piece that runs out of memory can be done again
     return _Piece(n, calls, [own.seen.pop()[1][:n] for own in captures])
 
 

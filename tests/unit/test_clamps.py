@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from holdfast.batch import Batch, Example, Frame
+from holdfast.clamp_file import _saveable
 from holdfast.discovery import with_scale
 from holdfast.edits import Capture, Edit, FeatureEdit, decided_on_whole
 from holdfast.errors import EditError, FeatureError, PositionError, StudyError
@@ -807,6 +808,8 @@ def test_a_condition_on_the_prompt_says_what_it_is(subject: Subject) -> None:
     assert decided_on_whole((edit,)) == "a clamp's condition on the whole prompt"
     assert decided_on_whole((replace(edit, gate=None),)) == ""
     assert "any of 2 features over 0.2 on more than 0.25" in edit.gate.words
+    with pytest.raises(EditError, match="no place for a clamp's condition on the whole prompt"):
+        _saveable(edit, 0)
 
 
 # --- Positions ------------------------------------------------------------------------------------
