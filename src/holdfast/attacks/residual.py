@@ -118,17 +118,9 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
         if attacked.paths.orders:
             paths.record["orders"] = between_orders(own, attacked.paths.scales)
     found = Found(
-        setting,
-        case,
-        problem,
-        recovery,
-        checks,
-        turned,
-        spec.constraint.promise,
-        regained,
-        paths,
+        setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained, paths,
         bare,
-    )
+    )  # fmt: skip
     return TrialResult(
         result=result_of(found),
         tensors={

@@ -111,7 +111,7 @@ def verifying(scene: Scene) -> Stage:
 
     work = checked(scene.tokens) + passes.full(rows, scene.tokens, behavior.n_read)
     work += clamped(scene, rows, scene.tokens)
-    if scene.trial.is_audit:
+    if scene.trial.is_audit or scene.trial.control.clamps_others:
         work += passes.full(rows, scene.tokens, behavior.n_read)
     if behavior.answer_tokens:
         long = scene.prompts.width + behavior.answer_tokens
