@@ -119,7 +119,7 @@ class _Column:
 def unreadable(subject: Subject, batch: Batch) -> str:
     """Why leads cannot be split; "" where they can."""
     if not batch.readout.unembeds:
-        return "what is read is no logit of the final residual"
+        return "what is read is no single logit of the final residual"
     unembed = subject.model.get_output_embeddings()
     if type(unembed) is not nn.Linear or hasattr(unembed, "_hf_hook"):
         return "the rows of the unembedding cannot be read: it is quantized or kept elsewhere"

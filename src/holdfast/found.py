@@ -22,6 +22,7 @@ from holdfast.saes.sae import Guarantee
 from holdfast.second_opinions import labels_of, opinions_of, rates_of
 from holdfast.setting import Setting
 from holdfast.strata import by_depth
+from holdfast.unclamped import NOT_AHEAD, Unclamped
 from holdfast.verify import Checks
 
 BROKEN = ("degenerate", "empty")
@@ -47,7 +48,7 @@ _REASONS = {
 @dataclass(frozen=True)
 class Found:
     """Everything a trial made on the way. turned [n]: margin in the other order of clamp and
-    perturbation."""
+    perturbation; bare: what the perturbation does without the clamp."""
 
     setting: Setting
     case: Case
@@ -58,6 +59,7 @@ class Found:
     promise: Promise
     regained: Regained
     paths: Paths | None = None
+    bare: Unclamped | None = None
 
 
 def funnel_of(setting: Setting, case: Case, recovered: Tensor | None) -> dict[str, Any]:
@@ -140,6 +142,16 @@ def result_of(found: Found) -> dict[str, Any]:
             "no positive margin in its own order",
         )
     )
+    measurements.append(
+        median("lane_steps", "passes of a lane", recovery.lane_steps.double(), clusters)
+    )
+    if found.bare is not None:
+        measurements.append(
+            median(
+                "gain_unclamped", "share of the margin gained with the clamp on", found.bare.gain,
+                clusters, NOT_AHEAD,
+            )
+        )  # fmt: skip
     measurements += _neighbors(setting)
     tried = setting.test.clusters
     measurements.append(rate("clean_rate", setting.clean, tried))
@@ -274,7 +286,7 @@ _READ = (
 
 _COLUMNS = (
     *(f.name for f in fields(Checks)), "smallest_norm", "smallest_norm_relative",
-    "closed_form_norm", "goal", "steps", "margin_other_order",
+    "closed_form_norm", "goal", "steps", "lane_steps", "margin_other_order", "margin_unclamped",
 )  # fmt: skip
 
 
@@ -326,7 +338,10 @@ def examples_of(found: Found) -> list[dict[str, Any]]:
     columns["goal"] = problem.goal
     columns["margin_other_order"] = found.turned
     columns |= regained.measured
+    if found.bare is not None:
+        columns["margin_unclamped"] = found.bare.margin
     columns["steps"] = recovery.steps.double()
+    columns["lane_steps"] = recovery.lane_steps.double()
     if found.paths is not None:
         columns |= found.paths.laid(len(case.rows))
     blank = dict.fromkeys(columns, float("nan")) | labels_of(regained.seen, "recovered", None)

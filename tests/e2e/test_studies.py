@@ -232,7 +232,17 @@ def write_gemma_scope(folder: Path, sae: SAE) -> None:
 
 
 @pytest.mark.slow
-def test_wmdp_on_gemma_2(gemma: tuple[Path, Path, dict[str, Path]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "letters",
+    [
+        ("audits.0.intervention.value=[-10.0, -40.0]",),
+        ("audits.0.behavior.spellings=true", "audits.0.intervention.value=-200.0", "data.test=60"),
+    ],
+    ids=["one spelling", "two spellings"],
+)
+def test_wmdp_on_gemma_2(
+    gemma: tuple[Path, Path, dict[str, Path]], tmp_path: Path, letters: tuple[str, ...]
+) -> None:
     model, sae, files = gemma
     sets = overrides(
         model, sae,
@@ -240,7 +250,7 @@ def test_wmdp_on_gemma_2(gemma: tuple[Path, Path, dict[str, Path]], tmp_path: Pa
         f'audits.0.behavior.retain.history={{kind="file", path="{files["history"]}"}}',
         f'audits.0.behavior.retain.geography={{kind="file", path="{files["geography"]}"}}',
         "audits.0.discovery.n_features=12", "audits.0.discovery.retain_threshold=1.0",
-        "audits.0.intervention.value=[-10.0, -40.0]",
+        *letters,
     )  # fmt: skip
     said = holdfast("run", "gemma-2-2b-it-wmdp", "--out", tmp_path / "run", *sets)
     assert said.code == 0, said.err
@@ -254,6 +264,7 @@ def test_wmdp_on_gemma_2(gemma: tuple[Path, Path, dict[str, Path]], tmp_path: Pa
     assert str(tmp_path.parent) not in trial and str(files["wmdp"].parent) not in trial
     assert record["trial"]["subject"]["attention"] == "eager"
     assert len(record["trial"]["behavior"]["source"]["sha256"]) == 64
+    assert len(record["result"]["readout"].get("spellings", [])) == (4 if len(letters) > 1 else 0)
 
 
 def write_corpus(path: Path, about: str) -> Path:

@@ -38,6 +38,8 @@ from holdfast.errors import StudyError, SubjectError
 from holdfast.organism import corpus
 from holdfast.organism.prompts import PERMUTATIONS
 from holdfast.organism.tokenizer import build_tokenizer
+from holdfast.readouts.logits import LOGITS
+from holdfast.readouts.spelled import Spelled
 from holdfast.subject import Subject
 from holdfast.testing import tiny_subject
 
@@ -437,6 +439,40 @@ def test_all_orders_are_asked_and_the_gold_letter_goes_along(
     assert Counter(e.target for e in examples) == {f" {letter}": 120 for letter in "ABCD"}
 
 
+def test_a_letter_is_spelled_as_it_can_come_after_the_cue(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Once with a space and once without, in every convention that knows both."""
+    behavior = mcq(tmp_path, spellings=True)
+    subject = replace(tiny(), tokenizer=tokenizer)
+    (example,) = behavior.examples(tokenizer, "test", 1, 0)
+    prompt = tokenizer.encode(example.text, add_special_tokens=example.special)
+    try:
+        readout = behavior.readout(subject)
+    except StudyError as error:  # a tokenizer that knows one spelling alone
+        assert "in one way alone" in str(error)
+        whole = tokenizer.encode(example.text + "A", add_special_tokens=example.special)
+        spaced = tokenizer.encode(example.text + " A", add_special_tokens=example.special)
+        assert whole[:-1] != prompt or whole == spaced or whole[-1] == tokenizer.unk_token_id
+        return
+    assert isinstance(readout, Spelled) and len(readout.pairs) == 4
+    for letter, (name, other) in zip("ABCD", readout.pairs, strict=True):
+        assert tokenizer.convert_ids_to_tokens(name) in {f"Ġ{letter}", f"▁{letter}"}
+        assert tokenizer.convert_ids_to_tokens(other) == letter
+
+
+def test_two_spellings_are_there_in_gpt2s_kind(
+    gpt: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    subject = replace(tiny(), tokenizer=gpt)
+    readout = mcq(tmp_path, spellings=True).readout(subject)
+    assert isinstance(readout, Spelled)
+    assert readout.pairs == tuple(
+        (gpt.encode(f" {letter}")[-1], gpt.encode(letter)[-1]) for letter in "ABCD"
+    )
+    assert mcq(tmp_path).readout(subject) is LOGITS
+
+
 def test_a_cut_keeps_as_many_questions_as_it_can(
     gpt: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -565,13 +601,15 @@ def test_a_dataset_has_no_domain_and_sets_have_names(tmp_path: Path) -> None:
         mcq(tmp_path, retain={"a.b": source(other)})
     with pytest.raises(ValueError, match="retain needs a dataset as the source"):
         MultipleChoice.model_validate({"retain": {"other": source(other)}})
+    with pytest.raises(ValueError, match="spellings needs a dataset as the source"):
+        MultipleChoice(spellings=True)
 
 
 def test_the_organisms_quiz_is_what_it_was(words: PreTrainedTokenizerFast) -> None:
     assert MultipleChoice().model_dump() == {
         "kind": "mcq", "source": "organism", "domain": "hazard", "permutations": 12, "retain": {},
         "instruction": None, "chat": False, "drop_repeats": False,
-        "subsets": False,
+        "subsets": False, "spellings": False,
     }  # fmt: skip
     first = corpus.questions("hazard", "test")[0]
     order = corpus.held_out_permutations(first)[0]

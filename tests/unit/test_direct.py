@@ -216,4 +216,4 @@ def test_probes_are_not_split() -> None:
     batch = prompts(subject)
     assert unreadable(subject, batch) == ""
     probed = replace(batch, readout=Probes.unfitted(CLAMPED, ("a", "b"), D_MODEL))
-    assert "no logit" in unreadable(subject, probed)
+    assert "no single logit" in unreadable(subject, probed)

@@ -9,7 +9,7 @@ import random
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from holdfast.canonical import SCHEMA
+from holdfast.constraints.jacobian_null import JacobianNull
 from holdfast.finding import Finding
 from holdfast.planning import Plan
-from holdfast.report import write_picture, write_report
+from holdfast.report import norms, write_picture, write_report
 from holdfast.report.data import gather
 from holdfast.report.figures import script_safe
 from holdfast.report.known_answer import findings
@@ -163,7 +164,10 @@ def make_record(
         measurement("reactivated_within_eligible", 0.0625, n, 0.01),
         measurement("zero_reactivation_rate", 0.5 * recovered / n, n),
         measurement("none_reactivated_rate", recovered / n, n),
+        measurement("lane_steps", 151.5, n, 4.0),
     ]
+    if trial.control.kind == "none":
+        measurements.append(measurement("gain_unclamped", 0.125, n, 0.0625))
     if fake.neighbors:
         measurements += [
             measurement("neighbor.music.clean", 0.98, 80),
@@ -344,6 +348,29 @@ def test_tables_can_be_taken_away(page: str) -> None:
     (_, csv_text), (_, json_text) = tables
     n = len(json.loads(base64.b64decode(json_text))["trials"])
     assert len(base64.b64decode(csv_text).decode().splitlines()) == n + 1
+
+
+def test_what_a_search_took_and_what_its_vector_does_without_the_clamp(page: str) -> None:
+    """Of every search; the constraint's own passes beside it, where it has any."""
+    n_own = sum(len(fake.constraints) for fake in FAKES.values())
+    n_all = sum(len(fake.constraints) * len(fake.norms) for fake in FAKES.values())
+    assert page.count("<td>152</td>") == n_all
+    share = '<td>12% <span class="ci">[6%, 19%]</span></td>'
+    assert page.count(share) == n_own and "runs more each" not in page
+
+
+def test_passes_of_the_constraint_itself_are_said(whole: tuple[RunFolder, Plan]) -> None:
+    """As the constraint has them for so many sites: the Jacobian's solves, and none of others."""
+    data = gather(*whole)
+    arm = data.points[0].main
+    spec = arm.recovery.model_copy(update={"constraint": JacobianNull(kind="jacobian_null")})
+    solved = replace(arm, trial=arm.trial.model_copy(update={"recovery": spec}))
+    point = replace(data.points[0], main=solved, controls=())
+    audit = replace(data.audits[0], points=(point,))
+    least, most = spec.constraint.repeats(1)
+    assert 0 < least < most
+    shown = norms.section(replace(data, audits=(audit,))).context["audits"][0]["rows"]
+    assert [row["repeats"] for row in shown] == [f"{least} to {most}"]
 
 
 def test_features_that_came_on_again_are_counted(page: str) -> None:

@@ -34,6 +34,7 @@ from holdfast.interventions.clamp import Clamp
 from holdfast.loading import SubjectSpec
 from holdfast.planning import Plan, plan
 from holdfast.report import write_report
+from holdfast.report.data import gather
 from holdfast.run import open_run, run_study
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.sources import Folder, SAESpec
@@ -401,3 +402,10 @@ def test_the_page_and_the_terminal_show_each_weight_beside_the_search(
     for weight in WEIGHTS:
         assert f"weight {weight:g}" in section and f"weight {weight:g}" in said
     assert "white box" in section and "a soft suffix in the same prompts" in said
+    attacks = [t.attack for t in planned.trials if t.attack.kind == "soft_suffix"]
+    for attack in attacks:
+        assert f"<td>{attack.climbs[0] + 1}</td>" in section
+    points = gather(store, planned).points
+    for point in points[-1:]:  # the search that is set beside them
+        took = point.main.measured("lane_steps")
+        assert took and f"<td>{took['estimate']:.0f}</td>" in section

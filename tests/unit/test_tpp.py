@@ -442,6 +442,9 @@ def test_an_audit_recovers_at_the_closed_form_and_verifies_it(ran: dict[str, Tri
         assert rates["reactivated_within_eligible"] == rates["reactivated_of_all"] == 0
         assert rates["other_order_rate"] == 1 and checks["other_order_margin_max"] < 1e-3
         assert rates["zero_reactivation_rate"] <= rates["none_reactivated_rate"]
+        if kind == "none":  # a probe is linear: the same is added whatever the clamp did
+            assert rates["gain_unclamped"] == pytest.approx(1, abs=1e-3)
+        assert rates["lane_steps"] >= 1
 
 
 def test_a_record_can_be_read_again_without_the_run(

@@ -116,8 +116,8 @@ def test_without_an_edit_everything_is_kept_and_asked_once(
     asked: list[int] = []
     monkeypatch.setattr(
         "holdfast.behaviors.knowledge.right",
-        lambda subject, examples, edits=(): (
-            asked.append(len(examples)) or right(subject, examples, edits)
+        lambda subject, examples, edits=(), *read, **how: (
+            asked.append(len(examples)) or right(subject, examples, edits, *read, **how)
         ),
     )
     again = knowledge(organism, (), {FORGET: orders, "same": orders}, {"kind": "none"})

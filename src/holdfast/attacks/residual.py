@@ -26,6 +26,7 @@ from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.stack import Search
+from holdfast.unclamped import Unclamped
 from holdfast.variants import Recovered
 from holdfast.verify import margin_in_order, verify
 
@@ -105,6 +106,7 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
         clamp_first,
     )
     turned = margin_in_order(case.subject, case.batch, case.edits, perturbation, not clamp_first)
+    bare = Unclamped.of(setting, case, perturbation, checks.margin)
     regained = regain(setting, case, problem, perturbation, checks, clamp_first)
     paths = None
     if attacked.paths is not None:
@@ -116,8 +118,9 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
         if attacked.paths.orders:
             paths.record["orders"] = between_orders(own, attacked.paths.scales)
     found = Found(
-        setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained, paths
-    )
+        setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained, paths,
+        bare,
+    )  # fmt: skip
     return TrialResult(
         result=result_of(found),
         tensors={

@@ -57,6 +57,28 @@ class Asking:
         turns = ((question, order) for question in questions for order in PERMUTATIONS)
         return self._examples(turns, "", blind)
 
+    def spellings(self) -> tuple[tuple[int, int], ...]:
+        """Of each letter that can follow the cue with a space before it and without, the two
+        tokens. Raises StudyError if there is none."""
+        text, _ = self._prompt("?")
+        before = self._encode(text)
+        pairs = []
+        for letter, told in zip(LETTERS, self._letters(text), strict=True):
+            (name,) = self.tokenizer.encode(told, add_special_tokens=False)
+            *start, other = self._encode(text + letter)
+            if start == before and other not in (name, self.tokenizer.unk_token_id):
+                pairs.append((name, other))
+        if not pairs:
+            raise StudyError(
+                f"mcq: spellings = true, and after {text[-20:]!r} this tokenizer writes a letter "
+                "in one way alone; leave it out"
+            )
+        return tuple(pairs)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not self.chat)
+        return ids
+
     def _examples(
         self, turns: Iterable[tuple[Question, Permutation]], origin: str, blind: bool = False
     ) -> list[Example]:

@@ -17,6 +17,8 @@ from holdfast.batch import Example
 from holdfast.canonical import digest
 from holdfast.edits import Edit
 from holdfast.measure import Measurement, relative, share
+from holdfast.readouts import Readout
+from holdfast.readouts.logits import LOGITS
 from holdfast.subject import Subject
 
 PREFIX = "known"
@@ -49,6 +51,7 @@ def knowledge(
     edits: Sequence[Edit],
     sets: Mapping[str, Orders],
     behavior: Mapping[str, Any],
+    readout: Readout = LOGITS,
 ) -> tuple[Measurement, ...]:
     """`known.<set>.<subset>.<figure>` for every set of questions and four subsets of it.
 
@@ -58,14 +61,14 @@ def knowledge(
     figures: `clean` and `suppressed`, the share of prompts answered rightly without and with the
     edits; `strict_clean` and `strict_suppressed`, the share of questions right in every order;
     `relative`, suppressed over clean. behavior: what tells these prompts from others, so that what
-    the model does by itself is asked once.
+    the model does by itself is asked once. readout: how letters are read.
     """
     made: list[Measurement] = []
     for name, orders in sets.items():
         clusters = orders.clusters
-        clean = _unedited(subject, orders.asked, [name, "asked", dict(behavior)])
-        blind = _unedited(subject, orders.blind, [name, "blind", dict(behavior)])
-        clamped = right(subject, orders.asked, edits)
+        clean = _unedited(subject, orders.asked, [name, "asked", dict(behavior)], readout)
+        blind = _unedited(subject, orders.blind, [name, "blind", dict(behavior)], readout)
+        clamped = right(subject, orders.asked, edits, readout)
         members = subsets(clusters, clean, blind, orders.tricky)
         for subset in SUBSETS:
             own = members[subset]
@@ -101,13 +104,18 @@ def strictly(clusters: Sequence[str], hits: Tensor) -> frozenset[str]:
     return frozenset(clusters) - missed
 
 
-def right(subject: Subject, examples: Sequence[Example], edits: Sequence[Edit] = ()) -> Tensor:
+def right(
+    subject: Subject,
+    examples: Sequence[Example],
+    edits: Sequence[Edit] = (),
+    readout: Readout = LOGITS,
+) -> Tensor:
     """[n] bool on the CPU: the right letter beats the others."""
     return torch.cat(
         [torch.zeros(0, dtype=torch.bool)]
         + [
             (batch.margin(subject.read(batch, edits)) > 0).cpu()
-            for batch in map(subject.batch, _pieces(examples))
+            for batch in (subject.batch(piece, readout) for piece in _pieces(examples))
         ]
     )
 
@@ -117,11 +125,13 @@ def _pieces(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
         yield examples[start : start + _ROWS]
 
 
-def _unedited(subject: Subject, examples: Sequence[Example], asked: list[Any]) -> Tensor:
+def _unedited(
+    subject: Subject, examples: Sequence[Example], asked: list[Any], readout: Readout
+) -> Tensor:
     """`right` without edits, once a subject."""
     key = digest(["knowledge", *asked, [example.id for example in examples]])
     if key not in subject.counted:
-        subject.counted[key] = right(subject, examples)
+        subject.counted[key] = right(subject, examples, readout=readout)
     return subject.counted[key]
 
 

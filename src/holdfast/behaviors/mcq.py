@@ -23,12 +23,15 @@ from holdfast.datasets.questions import QuestionSet, questions_of
 from holdfast.errors import StudyError
 from holdfast.organism import corpus
 from holdfast.organism.prompts import N_HELD_OUT, PERMUTATIONS
+from holdfast.readouts.logits import LOGITS
+from holdfast.readouts.spelled import Spelled
 from holdfast.triggers import OWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from holdfast.measure import Measurement
+    from holdfast.readouts import Readout
     from holdfast.setting import Setting
     from holdfast.subject import Subject
 
@@ -60,7 +63,8 @@ class MultipleChoice(BehaviorKind):
     template and begin the reply with "Answer:". drop_repeats: leave out questions that are there
     again or offer a choice twice; without it they are errors. subsets: measure what is known of
     the test questions and of the neighbors' in every order of their choices, on the questions that
-    the model knows without the intervention (`behaviors/knowledge.py`).
+    the model knows without the intervention (`behaviors/knowledge.py`). spellings: a letter right
+    after the cue counts as one after a space, by the larger logit, as SAEBench has it.
 
     The questions of the organism's splits are a fixed list, cut from the front: the seed does not
     redraw them.
@@ -77,6 +81,7 @@ class MultipleChoice(BehaviorKind):
     chat: bool = False
     drop_repeats: bool = False
     subsets: bool = False
+    spellings: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -113,7 +118,7 @@ class MultipleChoice(BehaviorKind):
         by hash, need not be there."""
         self = handler(data)
         if self.source == "organism":
-            of_a_dataset = ("retain", "instruction", "chat", "drop_repeats")
+            of_a_dataset = ("retain", "instruction", "chat", "drop_repeats", "spellings")
             given = [name for name in of_a_dataset if getattr(self, name)]
             if given:
                 raise ValueError(f"{given[0]} needs a dataset as the source, not 'organism'")
@@ -150,6 +155,11 @@ class MultipleChoice(BehaviorKind):
             if name
         }
 
+    def readout(self, subject: Subject) -> Readout:
+        if not self.spellings:
+            return LOGITS
+        return Spelled(self._asking(subject.tokenizer).spellings())
+
     @property
     def asked_again(self) -> float:
         orders = N_HELD_OUT if self.source == "organism" else len(PERMUTATIONS)
@@ -169,6 +179,7 @@ class MultipleChoice(BehaviorKind):
                 for name, ids in asked.items()
             },
             self.model_dump(mode="json", context={"identity": True}),
+            setting.test.readout,
         )
 
     def _in_every_order(self, subject: Subject, name: str, ids: frozenset[str]) -> Orders:

@@ -101,9 +101,9 @@ def searching(scene: Scene) -> Stage:
 
 
 def verifying(scene: Scene) -> Stage:
-    """Full passes with and without the saved perturbation, and with the clamp in the other order;
-    replies where there are any, and how likely they are where the audited behavior itself was
-    searched for."""
+    """Full passes with and without the saved perturbation, with the clamp in the other order and
+    without it; replies where there are any, and how likely they are where the audited behavior
+    itself was searched for."""
     behavior, rows, passes = scene.trial.behavior, scene.rows, scene.passes
 
     def checked(tokens: int) -> Work:
@@ -111,6 +111,8 @@ def verifying(scene: Scene) -> Stage:
 
     work = checked(scene.tokens) + passes.full(rows, scene.tokens, behavior.n_read)
     work += clamped(scene, rows, scene.tokens)
+    if scene.trial.is_audit or scene.trial.control.clamps_others:
+        work += passes.full(rows, scene.tokens, behavior.n_read)
     if behavior.answer_tokens:
         long = scene.prompts.width + behavior.answer_tokens
         work += _observed(scene, rows, True) + checked(long)

@@ -49,7 +49,18 @@ def _row(point: Point, arm: Arm) -> dict[str, Any]:
         "n_reached": arm.n_reached,
         "row": arm.row,
         "budget": arm.checks["budget_relative"],
+        "passes": (arm.measured("lane_steps") or {}).get("estimate"),
+        "repeats": _repeats(arm),
+        "bare": arm.measured("gain_unclamped"),
     }
+
+
+def _repeats(arm: Arm) -> str:
+    """How often each of its passes ran the blocks between again, for the constraint alone."""
+    least, most = arm.recovery.constraint.repeats(len(arm.checks.get("sites") or ()))
+    if not most:
+        return ""
+    return f"{most}" if least == most else f"{least} to {most}"
 
 
 def _never(point: Point) -> list[dict[str, Any]]:

@@ -14,18 +14,25 @@ def section(data: ReportData) -> Section | None:
     """None where no suffix was searched."""
     if not data.suffixes:
         return None
+    taken = {p.main.row["id"]: p.main.measured("lane_steps") or {} for p in data.points}
     names = dict.fromkeys(each.row["audit"] for each in data.suffixes)
     audits = [
         {
             "name": name,
             "white_box": [
-                {"label": ", ".join([row["constraint"], *describe(row["point"])]), "row": row}
+                {
+                    "label": ", ".join([row["constraint"], *describe(row["point"])]),
+                    "row": row,
+                    "passes": taken.get(row["id"], {}).get("estimate"),
+                }
                 for row in headline([r for r in data.summary["trials"] if r["audit"] == name])
             ],
             "suffixes": [
                 {
                     "label": ", ".join([each.row["label"], *describe(each.row["point"])]),
                     "row": each.row,
+                    # All of its steps, and the iterate after the last one is looked at too.
+                    "passes": each.trial.attack.climbs[0] + 1,
                 }
                 for each in data.suffixes
                 if each.row["audit"] == name
