@@ -14,7 +14,7 @@ demo: $(VENV)/.demo-stamp ## audit the shipped model and write runs/demo/report.
 	@$(VENV)/bin/holdfast demo
 
 test: $(VENV)/.test-stamp ## run the tests
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/.test-stamp ## lint, formatting and types
 	$(VENV)/bin/ruff check

@@ -2,13 +2,15 @@
 
 `@pytest.mark.proves(area, row, column)`, on a test or one of its parameters, claims a cell. It is ✓
 if every test that claims it passed. `pytest --write-support` fills the file; a session in which all
-of these tests ran without a surprise fails if the file differs.
+of these tests ran without a surprise fails if the file differs. Where several processes run them
+(`pytest -n 2`) claims come with the reports of tests to the one that compares, and it looks only if
+nothing was selected.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "support.md"
 PLACE = re.compile(r"(?<=<!-- generated: )([^\n]+) -->\n.*?(?=<!-- end -->)", re.S)
+
+
+MARK = "proves"
+"""What claims are called among the properties of a report."""
 
 
 class Claim(NamedTuple):
@@ -66,12 +72,21 @@ class Support:
         self.passed: dict[str, bool] = {}
         self.settled = True
         self.message = ""
+        self.order: list[str] = []
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
-        if claims := [Claim(*mark.args) for mark in item.iter_markers("proves")]:
+        if claims := [Claim(*mark.args) for mark in item.iter_markers(MARK)]:
             self.claims[item.nodeid] = claims
+            item.user_properties.append((MARK, [list(claim) for claim in claims]))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: object, ids: Sequence[str]) -> None:
+        self.order = list(ids)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, claims in report.user_properties:
+            if name == MARK:
+                self.claims[report.nodeid] = [Claim(*claim) for claim in claims]
         if report.nodeid in self.claims:
             passed = report.passed and not hasattr(report, "wasxfail")
             self.passed[report.nodeid] = self.passed.get(report.nodeid, True) and passed
@@ -79,10 +94,15 @@ class Support:
 
     def left_out(self) -> list[str]:
         """Tests that claim cells and did not run, files of such tests that were not collected."""
+        if self.order:  # as they were collected, and not as they ended
+            self.claims = {test: self.claims[test] for test in self.order if test in self.claims}
         files = {test.split("::")[0] for test in self.claims}
         claiming = [p for p in ROOT.glob("tests/**/test_*.py") if "mark.proves(" in p.read_text()]
         uncollected = {p.relative_to(ROOT).as_posix() for p in claiming} - files
         named = [arg for arg in self.config.args if "::" in arg]  # some of a file's tests
+        if self.order:
+            named += [self.config.option.keyword, self.config.option.markexpr]
+            named = [name for name in named if name]
         return [*(t for t in self.claims if t not in self.passed), *sorted(uncollected), *named]
 
     def fill_or_compare(self, write: bool) -> str:
@@ -99,6 +119,8 @@ class Support:
         return f"{FILE.name} is not what the tests prove: pytest --write-support" if differs else ""
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(self.config, "workerinput"):
+            return  # one of several processes, which saw some of the tests
         write, left_out = self.config.getoption("--write-support"), self.left_out()
         if left_out and write:
             self.message = f"{FILE.name} was not written: {left_out[0]} did not run"

@@ -201,7 +201,7 @@ def direction(
     ] = None,
     set_: Sets = None,
     device: Device = "cpu",
-    batch_size: BatchSize = 512,
+    batch_size: BatchSize = "auto",  # type: ignore[assignment]
 ) -> None:
     """Write an audit's difference in means as files that are clamped in an SAE's place."""
     from holdfast.direction import write_direction

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from holdfast.batching import Batching
 from holdfast.paths import follow
 from holdfast.predicted import agreement, gradients, predictions
 from holdfast.sites import Site
@@ -74,7 +75,7 @@ def test_for_small_vectors_the_gradient_is_enough(subject: Subject) -> None:
 
 def test_chunks_change_nothing(subject: Subject) -> None:
     found = recovered(subject, tiny_batch(subject, 6), SITE)
-    small = replace(subject, batch_size=2)
+    small = replace(subject, batching=Batching(2))
     problem = replace(found.problem, replay=replace(found.problem.replay, subject=small))
     again = replace(found, problem=problem, case=replace(found.case, subject=small))
     for kind, gradient in gradients(found).items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.residual import pose
+from holdfast.batching import Batching
 from holdfast.controls.none import NoControl
 from holdfast.direct import Spot
 from holdfast.edits import Capture, FeatureEdit, Perturbation
@@ -59,7 +60,7 @@ def final(found: Recovered, edits: tuple[object, ...]) -> Tensor:
 def test_the_direct_route_is_the_residual_stream_alone(subject: Subject) -> None:
     """With nothing to answer it the vector arrives as it was added; in chunks too."""
     found = every(subject)
-    small = replace(subject, batch_size=3)
+    small = replace(subject, batching=Batching(3))
     found = replace(found, case=replace(found.case, subject=small))
     made, batch = routes(found), found.case.batch
     arrives = final(found, found.case.edits) + found.delta[:, 0]

@@ -73,18 +73,35 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
     monkeypatch.setattr(proves, "family_row", lambda: "row")
 
     def run(
-        outcomes: str = "..", collected: int = 2, write: bool = False, arg: str = "tests"
+        outcomes: str = "..",
+        collected: int = 2,
+        write: bool = False,
+        arg: str = "tests",
+        several: bool = False,
+        keyword: str = "",
     ) -> tuple[Any, str]:
-        """outcomes: one sign a test that ran: passed, Failed, skipped, xfailed."""
-        config: Any = SimpleNamespace(args=[arg], getoption=lambda name: write)
+        """outcomes: one sign a test that ran: passed, Failed, skipped, xfailed. several: tests run
+        in processes of their own, the last one first."""
+        option = SimpleNamespace(keyword=keyword, markexpr="")
+        config: Any = SimpleNamespace(args=[arg], getoption=lambda name: write, option=option)
         support = Support(config)
         nodes = [f"{name}::test" for name in names]
+        collects = Support(config) if several else support
+        properties: dict[str, list[Any]] = {node: [] for node in nodes}
         for node in nodes[:collected]:
             marks = [SimpleNamespace(args=("families", node[11], "works"))]
-            item: Any = SimpleNamespace(nodeid=node, iter_markers=lambda name, marks=marks: marks)
-            support.pytest_itemcollected(item)
-        for node, sign in zip(nodes, outcomes, strict=False):
-            report: Any = SimpleNamespace(nodeid=node, passed=sign == ".")
+            item: Any = SimpleNamespace(
+                nodeid=node, iter_markers=lambda name, marks=marks: marks,
+                user_properties=properties[node],
+            )  # fmt: skip
+            collects.pytest_itemcollected(item)
+        if several:
+            support.pytest_xdist_node_collection_finished(None, nodes[:collected])
+        ran = list(zip(nodes, outcomes, strict=False))
+        for node, sign in reversed(ran) if several else ran:
+            report: Any = SimpleNamespace(
+                nodeid=node, passed=sign == ".", user_properties=properties[node]
+            )
             if sign == "x":
                 report.wasxfail = ""
             support.pytest_runtest_logreport(report)
@@ -140,3 +157,12 @@ def test_some_of_the_tests_cannot_write_the_file(play: Play) -> None:
 def test_an_area_without_a_place_in_the_file_is_named(play: Play) -> None:
     proves.FILE.write_text("intro\n<!-- generated: a row -->\n<!-- end -->\n")
     assert play("..") == (1, "support.md has no `<!-- generated: families -->` … `<!-- end -->`")
+
+
+def test_several_processes_fill_the_same_file_in_the_same_order(play: Play) -> None:
+    assert play(several=True) == play()
+    before = proves.FILE.read_text()
+    assert play(write=True, several=True) == (0, "") and proves.FILE.read_text() == before
+    proves.FILE.write_text(before.replace("| b | ✓ |", "| b | – |"))
+    assert play(several=True)[0] == pytest.ExitCode.TESTS_FAILED
+    assert play(several=True, keyword="a") == (0, ""), "some tests were left out by name"
