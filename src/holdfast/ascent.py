@@ -19,14 +19,19 @@ from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
 STILL = 3
 """Steps in a row that may leave a lane exactly where it was; then it has ended."""
 
+LOOK = 8
+"""Steps between two looks at which lanes have ended, on a device that has to be waited for. A lane
+that has ended keeps what it found, and costs its share of the steps until then."""
+
 
 @dataclass(frozen=True)
 class Noted:
-    """A step of n lanes that are still searching: the row of each, its margin, its norm relative to
-    the residual's, its violation, and whether it reached its goal there."""
+    """A step of n lanes: the row of each, whether it is still searching, its margin, its norm
+    relative to the residual's, its violation, and whether it reached its goal there."""
 
     step: int
     rows: Tensor
+    searching: Tensor
     margin: Tensor
     norm: Tensor
     violation: Tensor
@@ -138,33 +143,39 @@ def _ascend(
     # The smallest ball in which each row has got there.
     least = torch.full((len(problem),), torch.inf, device=device)
 
-    live = torch.arange(n, device=device)  # lanes still searching
+    live = torch.arange(n, device=device)  # lanes in the batch
+    searching = torch.ones_like(diverged)  # of these: which have not ended
+    look = looks(device)
     state = stepper.start(delta)
     still = torch.zeros(n, dtype=torch.long, device=device)
     for step in range(steps + 1):
         last = step == steps  # the final iterate is measured and not moved
         margin, gradient = _margin_and_gradient(lanes, delta, last)
-        passes[live] += 1
+        passes[live] += searching
         finite = torch.isfinite(margin) & torch.isfinite(gradient).all(-1).all(-1)
-        reached = finite & (margin >= climb.goal[live])
-        better = finite & (reached | (margin > best_margin[live]))
-        best[live[better]] = delta[better]
-        best_margin[live[better]] = margin[better]
-        reached_at[live[reached]] = step
-        diverged[live[~finite]] = True
+        reached = searching & finite & (margin >= climb.goal[live])
+        better = reached | (searching & finite & (margin > best_margin[live]))
+        best[live] = torch.where(better[:, None, None], delta, best[live])
+        best_margin[live] = torch.where(better, margin, best_margin[live])
+        reached_at[live] = torch.where(reached, step, reached_at[live])
+        diverged[live] |= searching & ~finite
         if trace is not None:
-            trace.append(_noted(step, problem, delta, margin, climb.rows[live], reached))
+            trace.append(_noted(step, problem, delta, margin, climb.rows[live], searching, reached))
 
         rows, radius = climb.rows[live], climb.radius[live]
-        least.scatter_reduce_(0, rows[reached], radius[reached], "amin")
-        keep = finite & (still < STILL) & (radius < least[rows])
-        if last or not keep.any():
+        least.scatter_reduce_(0, rows, torch.where(reached, radius, torch.inf), "amin")
+        searching = searching & finite & (still < STILL) & (radius < least[rows])
+        if last:
             break
-        if not keep.all():
-            index = keep.nonzero().flatten()
+        if step % look == 0 and not searching.all():  # the one place that waits for the device
+            if not searching.any():
+                break
+            index = searching.nonzero().flatten()
             live, lanes, sets = live[index], lanes.rows(index), sets.rows(index)
             delta, gradient, still = delta[index], gradient[index], still[index]
             stepper, state = stepper.rows(index), tuple(part[index] for part in state)
+            searching = searching[index]
+        gradient = torch.where(searching[:, None, None], gradient, 0.0)  # it may be NaN
 
         here = Iterate(delta, step, gradient)
         if isinstance(sets, Charted):
@@ -190,8 +201,20 @@ def _margin_and_gradient(lanes: Lanes, delta: Tensor, last: bool) -> tuple[Tenso
     return margin.detach(), gradient
 
 
+def looks(device: torch.device) -> int:
+    """Steps between two looks at which lanes have ended: on the CPU nobody waits."""
+    return 1 if device.type == "cpu" else LOOK
+
+
 def _noted(
-    step: int, problem: Problem, delta: Tensor, margin: Tensor, rows: Tensor, reached: Tensor
+    step: int,
+    problem: Problem,
+    delta: Tensor,
+    margin: Tensor,
+    rows: Tensor,
+    searching: Tensor,
+    reached: Tensor,
 ) -> Noted:
     relative = norms(delta).flatten() / problem.reference_norm[rows]
-    return Noted(step, rows, margin, relative, relative_violation(problem, delta, rows), reached)
+    violation = relative_violation(problem, delta, rows)
+    return Noted(step, rows, searching, margin, relative, violation, reached)

@@ -213,7 +213,7 @@ def _means(trace: Trace, rows: slice) -> tuple[dict[str, float], ...]:
     entries, n_reached = [], 0
     for step in range(max((noted.step for noted in trace), default=-1) + 1):
         parts = [
-            (noted, (noted.rows >= rows.start) & (noted.rows < rows.stop))
+            (noted, noted.searching & (noted.rows >= rows.start) & (noted.rows < rows.stop))
             for noted in trace
             if noted.step == step
         ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdfast import ascent
 from holdfast.ascent import Climb, ascend
 from holdfast.batch import Batch, Frame
 from holdfast.batching import Batching
@@ -21,7 +22,7 @@ from holdfast.edits import FeatureEdit
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.harder import _starts
 from holdfast.outcome import Best
-from holdfast.problem import Problem, relative_violation
+from holdfast.problem import Lanes, Problem, relative_violation
 from holdfast.recovery import RecoverySpec, recover
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
@@ -254,6 +255,43 @@ def test_another_batch_size_gives_the_same_answers(
         ratio = other.smallest_norm[both] / found[0].smallest_norm[both].clamp_min(1e-12)
         positive = found[0].smallest_norm[both] > 0
         assert both.any() and (ratio[positive] - 1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("constraint", [Unconstrained(), GradientProjection(), EncoderNull()])
+def test_looking_seldom_which_lanes_have_ended_finds_the_same(
+    subject: Subject,
+    batch: Batch,
+    bank: FeatureBank,
+    constraint: Constraint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A lane that has ended stays in the batch for some steps, and keeps what it found."""
+    problem = tiny_problem(subject, batch, bank, goal=3.0, budget=0.5)
+    spec = RecoverySpec(constraint=constraint, steps=20)
+    lanes: list[int] = []
+    climbed = Lanes.climbed
+
+    def counted(self: Lanes, delta: Tensor) -> tuple[Tensor, Tensor]:
+        lanes.append(len(delta))
+        return climbed(self, delta)
+
+    monkeypatch.setattr(Lanes, "climbed", counted)
+    found, n_lanes = [], []
+    for every in (1, 8):
+        monkeypatch.setattr(ascent, "looks", lambda device, every=every: every)
+        lanes.clear()
+        found.append(recover(problem, spec, seed=0))
+        n_lanes.append(sum(lanes))
+    often, seldom = found
+    assert n_lanes[1] > n_lanes[0], "lanes that had ended were still in the batch"
+    assert often.outcomes == seldom.outcomes
+    assert torch.equal(often.steps, seldom.steps)
+    torch.testing.assert_close(often.delta, seldom.delta, rtol=1e-3, atol=1e-4)
+    for one, other in zip(often.trace, seldom.trace, strict=True):
+        assert {k: one[k] for k in ("step", "n_searching", "n_reached")} == {
+            k: other[k] for k in ("step", "n_searching", "n_reached")
+        }
+        assert one["margin_mean"] == pytest.approx(other["margin_mean"], abs=1e-3)
 
 
 def test_one_seed_gives_identical_results(
