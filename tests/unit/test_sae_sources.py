@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from holdfast.errors import SAEError
-from holdfast.saes.sources import Folder, SAESpec
+from holdfast.saes.sources import Folder, SAESpec, Shape
 from holdfast.saes.tensors import read_tensors
 from holdfast.sites import Site
 from tests.sae_files import (
@@ -50,6 +50,28 @@ def rewritten(path: Path, **changes: Tensor | None) -> Folder:
 
 
 # --- What is read ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "write", [write_saelens, write_gemma_scope, write_llama_scope, write_dictionary_learning]
+)
+def test_the_first_features_are_an_sae_of_their_own(
+    tmp_path: Path, write: Callable[..., Any]
+) -> None:
+    write(tmp_path)
+    source = Folder(path=str(tmp_path))
+    few = source.model_copy(update={"n_features": 5})
+    sae, first = source.load(HERE).full(), few.load(HERE)
+    x = torch.randn(7, D)
+    assert first.n_features == 5 == first.full().n_features
+    torch.testing.assert_close(first.full().preactivations(x), sae.preactivations(x, range(5)))
+    torch.testing.assert_close(first.take((4, 1)).W_dec, first.full().take((4, 1)).W_dec)
+    assert torch.equal(first.full().W_dec, sae.W_dec[:5])
+    assert torch.equal(first.full().b_dec, sae.b_dec)
+    assert few.sha256() != source.sha256(), "another SAE"
+    assert few.shape() == Shape(5)
+    with pytest.raises(SAEError, match=f"{N + 1} asks for more than the {N} features"):
+        source.model_copy(update={"n_features": N + 1}).load(HERE)
 
 
 def test_a_threshold_of_a_standard_sae_is_not_applied(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ class Layout:
     gate_times_norm, threshold_times_scale: a feature fires if `p · ‖W_dec‖ > threshold · scale`
     with the scale of `inputs` (Llama Scope).
 
-    site: the spelling the file gives, None if it gives none. hashed: glob patterns of the files
+    first: only the first so many features are the SAE, None for all of the file's. site: the spelling
+    the file gives, None if it gives none. hashed: glob patterns of the files
     that make the SAE.
     """
 
@@ -57,6 +58,7 @@ class Layout:
     subtract_b_dec: bool = False
     feature_scale: str | None = None
     rescale: bool = False
+    first: int | None = None
     inputs: Inputs = field(default_factory=Inputs)
     site: str | None = None
     facts: Facts = field(default_factory=Facts)
@@ -79,6 +81,17 @@ class Layout:
 
     def shape(self) -> tuple[int, int]:
         """(d_model, n_features). Raises SAEError if tensors are missing or of odd shape."""
+        d, n = self._stored_shape
+        if self.first is not None and self.first > n:
+            raise SAEError(f"n_features = {self.first} asks for more than the {n} features it has")
+        n = self.first or n
+        if self.k is not None and not 0 < self.k < n:
+            raise SAEError(f"k = {self.k} of {n} features")
+        return d, n
+
+    @cached_property
+    def _stored_shape(self) -> tuple[int, int]:
+        """(d_model, n_features) of the file."""
         needed = [self.W_enc, self.W_dec, *([self.b_dec] if self.b_dec else []), *self._vectors]
         missing = [name for name in needed if name not in self.tensors]
         if missing:
@@ -106,8 +119,6 @@ class Layout:
                     f"{self.path.name}: with {self.W_enc} {list(shape)} expected {name} "
                     f"{list(wanted)}, got {list(got)}"
                 )
-        if self.k is not None and not 0 < self.k < n:
-            raise SAEError(f"k = {self.k} of {n} features")
         return d, n
 
     def read(self, ids: Sequence[int] | None = None) -> Weights:
@@ -116,6 +127,8 @@ class Layout:
         Only what is asked for is kept in memory, and a block of the file beside it. Raises
         SAEError for a threshold never set.
         """
+        if ids is None and self.first is not None:
+            ids = range(self.first)
         index = slice(None) if ids is None else torch.as_tensor(list(ids), dtype=torch.long)
 
         def matrix(name: str, axis: int, wanted: int) -> Tensor:
@@ -158,7 +171,7 @@ class Layout:
 
     def _thresholds(self) -> Tensor:
         """[n], those of all features. Raises SAEError if all are negative."""
-        n = self.shape()[1]
+        n = self._stored_shape[1]
         if isinstance(self.threshold, str):
             stored = self.tensors[self.threshold].read()
             # Before the cast: SAELens keeps a BatchTopK threshold in float64.

@@ -96,7 +96,7 @@ class Release(SAESource):
         if found is None:
             return None
         about = int(found["n"]) * {"k": 1e3, "m": 1e6}[found["unit"]]
-        return Shape(2 ** round(math.log2(about)))
+        return Shape(self.n_features or 2 ** round(math.log2(about)))
 
     def layout(self) -> Layout:
         entry = entry_of(self.release, self.sae_id)

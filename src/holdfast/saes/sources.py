@@ -44,11 +44,14 @@ class SAESource(Kind):
     """A place an SAE can be read from.
 
     center, scale: how the residual enters the SAE, where its files do not say or say it wrongly:
-    subtract the mean over d_model; multiply by a constant (`√d_model / mean norm`).
+    subtract the mean over d_model; multiply by a constant (`√d_model / mean norm`). n_features: the
+    first so many features alone, which of a Matryoshka SAE are an SAE of their own (Bussmann et al.
+    2503.17547) and of another one a worse one.
     """
 
     center: bool | None = None
     scale: float | None = Field(None, gt=0)
+    n_features: int | None = Field(None, ge=1)
 
     @property
     def label(self) -> str:
@@ -70,6 +73,8 @@ class SAESource(Kind):
         """
         layout = self._completed()
         files = sha256_tree(layout.folder, layout.hashed)
+        if layout.first is not None:
+            files = digest([files, layout.first])
         return files if layout.inputs == Inputs() else digest([files, asdict(layout.inputs)])
 
     def load(self, site: Site) -> StoredSAE:
@@ -109,7 +114,7 @@ class SAESource(Kind):
                 f"{self.label}: its inputs are scaled by a constant that its files do not hold; "
                 "give it as `scale` in the source: √d_model / mean residual norm in training"
             )
-        return replace(layout, inputs=inputs)
+        return replace(layout, inputs=inputs, first=self.n_features)
 
 
 class Folder(SAESource):
@@ -135,7 +140,7 @@ class Folder(SAESource):
         return layout_of(self.folder(), self.format)
 
     def shape(self) -> Shape | None:
-        layout = self.layout()
+        layout = replace(self.layout(), first=self.n_features)
         return Shape(layout.shape()[1], layout.k)
 
 
