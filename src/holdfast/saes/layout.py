@@ -35,9 +35,9 @@ class Layout:
     gate_times_norm, threshold_times_scale: a feature fires if `p · ‖W_dec‖ > threshold · scale`
     with the scale of `inputs` (Llama Scope).
 
-    first: only the first so many features are the SAE, None for all of the file's. site: the spelling
-    the file gives, None if it gives none. hashed: glob patterns of the files
-    that make the SAE.
+    first: only the first so many features are the SAE, None for all of the file's. site: the
+    spelling the file gives, None if it gives none. hashed: glob patterns of the files that make the
+    SAE.
     """
 
     folder: Path
