@@ -36,9 +36,10 @@ from holdfast.controls import Case
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.executor import Runtime, load_lab
 from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.harder import BACK
 from holdfast.planning import plan
 from holdfast.problem import Problem
-from holdfast.recovery import BACK, Recovery, recover
+from holdfast.recovery import Recovery, recover
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
