@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,11 +146,6 @@ def _is_frozen(edit: Edit) -> bool:
 
 def _copied(value: Any) -> Any:
     return copy(value) if isinstance(value, list | set | dict) else value
-
-
-def _moved(frame: Frame, device: torch.device) -> Frame:
-    names = ("positions", "prompt_length", "bos", "template")
-    return replace(frame, **{name: getattr(frame, name).to(device) for name in names})
 
 
 @contextmanager
