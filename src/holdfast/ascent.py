@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from holdfast.problem import Lanes, Problem, relative_violation
+from holdfast.problem import Lanes, Problem, violation_of
 from holdfast.steppers import Stepper
 from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
 
@@ -153,7 +153,7 @@ def _ascend(
         reached_at[live[reached]] = step
         diverged[live[~finite]] = True
         if trace is not None:
-            trace.append(_noted(step, problem, delta, margin, climb.rows[live], reached))
+            trace.append(_noted(step, lanes, delta, margin, climb.rows[live], reached))
 
         rows, radius = climb.rows[live], climb.radius[live]
         least.scatter_reduce_(0, rows[reached], radius[reached], "amin")
@@ -191,7 +191,8 @@ def _margin_and_gradient(lanes: Lanes, delta: Tensor, last: bool) -> tuple[Tenso
 
 
 def _noted(
-    step: int, problem: Problem, delta: Tensor, margin: Tensor, rows: Tensor, reached: Tensor
+    step: int, lanes: Lanes, delta: Tensor, margin: Tensor, rows: Tensor, reached: Tensor
 ) -> Noted:
-    relative = norms(delta).flatten() / problem.reference_norm[rows]
-    return Noted(step, rows, margin, relative, relative_violation(problem, delta, rows), reached)
+    relative = norms(delta).flatten() / lanes.problem.reference_norm[rows]
+    violation = violation_of(lanes.problem, lanes.replay, delta)
+    return Noted(step, rows, margin, relative, violation, reached)
