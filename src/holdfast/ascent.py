@@ -68,7 +68,8 @@ class Ascent:
 
     delta [n q d]: the first iterate to reach the goal, else the best; margin [n] of it; reached_at
     [n]: step of the first success, -1 for none; diverged [n]: met NaN or infinity; passes [n]: how
-    often the lane was run.
+    often the lane was run, or had to be: once another lane of its row has made it needless, what
+    lanes run that stand in another piece does not count, or the count would depend on memory.
     """
 
     delta: Tensor
@@ -113,7 +114,22 @@ def ascend(
     parts = problem.replay.subject.batching.over("steps", whole, piece)
     if trace is not None:
         trace += [noted for _, own in parts for noted in own]
-    return Ascent.join([ascent for ascent, _ in parts])
+    found = Ascent.join([ascent for ascent, _ in parts])
+    return found if len(parts) == 1 else replace(found, passes=_needed(climb, found))
+
+
+def _needed(climb: Climb, found: Ascent) -> Tensor:
+    """[n] passes of lanes up to the first success of their row in a ball no larger than theirs."""
+    lanes: dict[int, list[tuple[float, int]]] = {}
+    rows, radius, reached = climb.rows.tolist(), climb.radius.tolist(), found.reached_at.tolist()
+    for row, ball, step in zip(rows, radius, reached, strict=True):
+        if step >= 0:
+            lanes.setdefault(row, []).append((ball, step + 1))
+    needed = [
+        min([own, *(step for ball, step in lanes.get(row, ()) if ball <= mine)])
+        for row, mine, own in zip(rows, radius, found.passes.tolist(), strict=True)
+    ]
+    return torch.as_tensor(needed, dtype=torch.long, device=climb.rows.device)
 
 
 def _ascend(
