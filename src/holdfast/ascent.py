@@ -32,6 +32,10 @@ class Noted:
     violation: Tensor
     reached: Tensor
 
+    def to(self, device: str) -> Noted:
+        names = ("rows", "margin", "norm", "violation", "reached")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
 
 Trace = list[Noted]
 
@@ -113,7 +117,8 @@ def ascend(
     whole = torch.arange(len(climb), device=climb.rows.device)
     parts = problem.replay.subject.batching.over("steps", whole, piece)
     if trace is not None:
-        trace += [noted for _, own in parts for noted in own]
+        # What reads it sums search by search and step by step: a GPU is not waited for each time.
+        trace += [noted.to("cpu") for _, own in parts for noted in own]
     found = Ascent.join([ascent for ascent, _ in parts])
     return found if len(parts) == 1 else replace(found, passes=_needed(climb, found))
 
