@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import Frame
 from holdfast.calls import Calls
-from holdfast.edits import Edit
+from holdfast.edits import Edit, decided_on_whole
 from holdfast.errors import EditError
 from holdfast.families import family_of
 from holdfast.sites import Site
@@ -133,7 +133,8 @@ class AttachedEdits:
             if site in edit.sites:
                 n_selected = int(edit.selects(site, frame).sum())
                 self._fired[index, site] += n_selected
-                if n_selected:
+                # One that decides on the prompt has to see it, also where it acts on the answer.
+                if n_selected or decided_on_whole((edit,)):
                     x = edit.apply(site, x, frame)
         return x
 
