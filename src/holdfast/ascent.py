@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from holdfast.problem import Lanes, Problem, relative_violation
+from holdfast.problem import Lanes, Problem, violation_of
 from holdfast.steppers import Stepper
 from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
 
@@ -36,6 +36,10 @@ class Noted:
     norm: Tensor
     violation: Tensor
     reached: Tensor
+
+    def to(self, device: str) -> Noted:
+        names = ("rows", "margin", "norm", "violation", "reached")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 Trace = list[Noted]
@@ -73,7 +77,8 @@ class Ascent:
 
     delta [n q d]: the first iterate to reach the goal, else the best; margin [n] of it; reached_at
     [n]: step of the first success, -1 for none; diverged [n]: met NaN or infinity; passes [n]: how
-    often the lane was run.
+    often the lane was run, or had to be: once another lane of its row has made it needless, what
+    lanes run that stand in another piece does not count, or the count would depend on memory.
     """
 
     delta: Tensor
@@ -117,8 +122,24 @@ def ascend(
     whole = torch.arange(len(climb), device=climb.rows.device)
     parts = problem.replay.subject.batching.over("steps", whole, piece)
     if trace is not None:
-        trace += [noted for _, own in parts for noted in own]
-    return Ascent.join([ascent for ascent, _ in parts])
+        # What reads it sums search by search and step by step: a GPU is not waited for each time.
+        trace += [noted.to("cpu") for _, own in parts for noted in own]
+    found = Ascent.join([ascent for ascent, _ in parts])
+    return found if len(parts) == 1 else replace(found, passes=_needed(climb, found))
+
+
+def _needed(climb: Climb, found: Ascent) -> Tensor:
+    """[n] passes of lanes up to the first success of their row in a ball no larger than theirs."""
+    lanes: dict[int, list[tuple[float, int]]] = {}
+    rows, radius, reached = climb.rows.tolist(), climb.radius.tolist(), found.reached_at.tolist()
+    for row, ball, step in zip(rows, radius, reached, strict=True):
+        if step >= 0:
+            lanes.setdefault(row, []).append((ball, step + 1))
+    needed = [
+        min([own, *(step for ball, step in lanes.get(row, ()) if ball <= mine)])
+        for row, mine, own in zip(rows, radius, found.passes.tolist(), strict=True)
+    ]
+    return torch.as_tensor(needed, dtype=torch.long, device=climb.rows.device)
 
 
 def _ascend(
@@ -160,7 +181,7 @@ def _ascend(
         reached_at[live] = torch.where(reached, step, reached_at[live])
         diverged[live] |= searching & ~finite
         if trace is not None:
-            trace.append(_noted(step, problem, delta, margin, climb.rows[live], searching, reached))
+            trace.append(_noted(step, lanes, delta, margin, climb.rows[live], searching, reached))
 
         rows, radius = climb.rows[live], climb.radius[live]
         least.scatter_reduce_(0, rows, torch.where(reached, radius, torch.inf), "amin")
@@ -208,13 +229,13 @@ def looks(device: torch.device) -> int:
 
 def _noted(
     step: int,
-    problem: Problem,
+    lanes: Lanes,
     delta: Tensor,
     margin: Tensor,
     rows: Tensor,
     searching: Tensor,
     reached: Tensor,
 ) -> Noted:
-    relative = norms(delta).flatten() / problem.reference_norm[rows]
-    violation = relative_violation(problem, delta, rows)
+    relative = norms(delta).flatten() / lanes.problem.reference_norm[rows]
+    violation = violation_of(lanes.problem, lanes.replay, delta)
     return Noted(step, rows, searching, margin, relative, violation, reached)

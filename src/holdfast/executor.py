@@ -191,12 +191,14 @@ def _run(stack: Sequence[Trial], lab: Lab) -> Iterator[Done]:
         keys = {setting_key(trial, each): each for each in own if not lab.has_setting(trial, each)}
         unprepared[trial.id] = tuple(each for key, each in keys.items() if key not in seen)
         seen |= keys.keys()
-    on_cuda = lab.subject(stack[0].subject).device.type == "cuda"
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    parameters = lab.subject(stack[0].subject).model.parameters()
+    # All that the model is spread over, and not the one that happens to be torch's present device.
+    devices = {own.device for own in parameters if own.device.type == "cuda"}
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
     begun_with = lab.batching.sizes
     for ended in run_trials(stack, lab):
-        peak = torch.cuda.max_memory_allocated() if on_cuda else None
+        peak = sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None
         yield Done(
             ended.trial, ended.result, started, round(ended.seconds, 3), torch.get_num_threads(),
             unprepared[ended.trial.id], peak, begun_with, lab.batching.plan(),

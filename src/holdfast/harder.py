@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from holdfast.ascent import Ascent, Climb, ascend
 from holdfast.canonical import digest
 from holdfast.outcome import Best
 from holdfast.stack import Stack
-from holdfast.subspace import Iterate, norms
+from holdfast.subspace import FeasibleSet, Iterate, norms
 
 BACK = 0.01
 """Share of the goal from which a margin counts as positive beyond rounding."""
@@ -98,7 +99,7 @@ def _starts(stack: Stack, rows: Tensor, doubling: int, best: Best) -> Climb:
     problem, spec = stack.problem, stack.spec
     _, q, d = problem.shape
     device = rows.device
-    sets, goal, radius = stack.feasible.rows(rows), BACK * problem.goal[rows], problem.radius[rows]
+    goal, radius = BACK * problem.goal[rows], problem.radius[rows]
     seeds, ids = stack.seeds, problem.batch.ids
     lanes = []
     for index in range(3):
@@ -107,25 +108,48 @@ def _starts(stack: Stack, rows: Tensor, doubling: int, best: Best) -> Climb:
             own = problem.perturbed[row]
             key = f"{seeds[row] + doubling}/{index}/{ids[row]}"
             noise[lane, own] = _noise(key, int(own.sum()), d).to(device)
-        point = sets.retract(sets.tangent(noise, Iterate.zero(noise)))
+        point = _put(stack, rows, noise, _feasible)
         point = point / norms(point).clamp_min(1e-30) * (0.5 * radius)[:, None, None]
         for factor in (1 / 3, 1.0, 3.0):
             rate = torch.full((len(rows),), factor * spec.lr, device=device)
             lanes.append(Climb(rows, point, goal, radius, rate))
     eased = stack.looser()
-    if eased is not None:
-        looser, there = eased
-        own = there[rows].nonzero().flatten()
+    own = rows[:0] if eased is None else eased[1][rows].nonzero().flatten()
+    if eased is not None and len(own):
+        looser, _ = eased
         zero = torch.zeros(len(own), q, d, device=device)
         rate = torch.full((len(own),), spec.lr, device=device)
         climb = Climb(rows[own], zero, goal[own], radius[own], rate)
         warm = ascend(looser.problem, looser.feasible, climb, spec.steps, looser.stepper)
         best.count(climb.rows, warm.passes)
-        origin = Iterate.zero(warm.delta)
-        strict = sets.rows(own)
-        point = strict.inside(strict.tangent(warm.delta, origin), radius[own], origin)
-        lanes.append(replace(climb, start=point))
+
+        def back(sets: FeasibleSet, delta: Tensor, at: Tensor) -> Tensor:
+            origin = Iterate.zero(delta)
+            return sets.inside(sets.tangent(delta, origin), climb.radius[at], origin)
+
+        lanes.append(replace(climb, start=_put(stack, climb.rows, warm.delta, back)))
     return Climb.join(lanes)
+
+
+def _feasible(sets: FeasibleSet, delta: Tensor, at: Tensor) -> Tensor:
+    return sets.retract(sets.tangent(delta, Iterate.zero(delta)))
+
+
+def _put(
+    stack: Stack,
+    rows: Tensor,
+    delta: Tensor,
+    act: Callable[[FeasibleSet, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Vectors [n q d] of rows [n] put into their sets by `act`, a piece of rows at a time: some
+    sets have passes of their own. act: of some of the rows the sets, the vectors, and their places
+    among the n."""
+    batching, every = (
+        stack.problem.replay.subject.batching, torch.arange(len(rows), device=rows.device),
+    )  # fmt: skip
+    return torch.cat(
+        batching.over("steps", every, lambda at: act(stack.feasible.rows(rows[at]), delta[at], at))
+    )
 
 
 def _noise(key: str, p: int, d: int) -> Tensor:

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import Frame
 from holdfast.calls import Calls
-from holdfast.edits import Edit
+from holdfast.edits import Edit, decided_on_whole
 from holdfast.errors import EditError
 from holdfast.families import family_of
 from holdfast.sites import Site
@@ -134,7 +133,8 @@ class AttachedEdits:
             if site in edit.sites:
                 n_selected = int(edit.selects(site, frame).sum())
                 self._fired[index, site] += n_selected
-                if n_selected:
+                # One that decides on the prompt has to see it, also where it acts on the answer.
+                if n_selected or decided_on_whole((edit,)):
                     x = edit.apply(site, x, frame)
         return x
 
@@ -147,11 +147,6 @@ def _is_frozen(edit: Edit) -> bool:
 
 def _copied(value: Any) -> Any:
     return copy(value) if isinstance(value, list | set | dict) else value
-
-
-def _moved(frame: Frame, device: torch.device) -> Frame:
-    names = ("positions", "prompt_length", "bos", "template")
-    return replace(frame, **{name: getattr(frame, name).to(device) for name in names})
 
 
 @contextmanager

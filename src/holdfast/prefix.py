@@ -26,6 +26,9 @@ class PrefixCache:
     prefix: layer → (keys, values), each [n heads s₀ d_head], or empty without a prefix. In a layer
     with a sliding window s₀ is cut to the window, as the recorded masks are. homes: layer → the
     device that `rows` brings its rows to, where the whole waits in the host's memory.
+
+    What `rows` gives is copied layer by layer, when a block first asks for it: searches are laid
+    out by constraint, and most of these layouts are never run.
     """
 
     def __init__(
@@ -33,8 +36,26 @@ class PrefixCache:
         prefix: Sequence[tuple[Tensor, Tensor] | None],
         homes: Sequence[torch.device | None] = (),
     ):
-        self.prefix = prefix
-        self.homes = homes
+        self._whole = prefix
+        self._homes = homes or (None,) * len(prefix)
+        self._rows: Tensor | None = None
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def like(cls, other: PrefixCache) -> PrefixCache:
+        """The same keys and values, read as this class reads them."""
+        made = cls(other._whole, other._homes)
+        made._rows, made._own = other._rows, other._own
+        return made
+
+    @property
+    def empty(self) -> bool:
+        return not self._whole
+
+    @property
+    def prefix(self) -> Sequence[tuple[Tensor, Tensor] | None]:
+        """Layer → keys and values of these rows, all of them copied; None below the lowest site."""
+        return tuple(own and self.of(layer) for layer, own in enumerate(self._whole))
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
@@ -42,24 +63,26 @@ class PrefixCache:
         return keys, values
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        own = self.prefix[layer]
-        assert own is not None, f"block {layer} is below the lowest perturbed site"
-        return own
+        whole = self._whole[layer]
+        assert whole is not None, f"block {layer} is below the lowest perturbed site"
+        if self._rows is None:
+            return whole
+        if layer not in self._own:
+            keys, values = (kept[self._rows.to(kept.device)] for kept in whole)
+            home = self._homes[layer] or keys.device
+            self._own[layer] = keys.to(home), values.to(home)
+        return self._own[layer]
 
     def rows(self, rows: Tensor) -> PrefixCache:
         """Some rows, in the order given, where their blocks compute."""
-
-        def pick(kept: Tensor, home: torch.device | None) -> Tensor:
-            own = kept[rows.to(kept.device)]
-            return own if home is None else own.to(home)
-
-        homes = self.homes or (None,) * len(self.prefix)
-        return type(self)(
-            tuple(
-                None if own is None else (pick(own[0], home), pick(own[1], home))
-                for own, home in zip(self.prefix, homes, strict=True)
-            )
-        )
+        made = type(self)(self._whole, self._homes)
+        made._rows = rows if self._rows is None else self._rows[rows]
+        # What was brought to a device is not brought there again for fewer of the rows.
+        made._own = {
+            layer: (keys[rows.to(keys.device)], values[rows.to(keys.device)])
+            for layer, (keys, values) in self._own.items()
+        }
+        return made
 
 
 class ConstantCache(PrefixCache):
@@ -77,7 +100,7 @@ _read: ContextVar[PrefixCache] = ContextVar("prefix that the blocks of this repl
 @contextmanager
 def attending(model: Any, cache: PrefixCache) -> Iterator[None]:
     """The model's blocks attend to `cache` and to what they compute; without a prefix, as ever."""
-    if not cache.prefix:
+    if cache.empty:
         yield
         return
     from transformers import AttentionInterface

@@ -135,28 +135,32 @@ def relative_violation(problem: Problem, delta: Tensor, rows: Tensor) -> Tensor:
 
     The leak of an iterate, from the replay; `verify` measures the same from real forward passes.
     """
-    replay = problem.replay
+    return violation_of(problem, problem.replay.rows(rows), delta)
+
+
+def violation_of(problem: Problem, replay: Replay, delta: Tensor) -> Tensor:
+    """The same for rows of the problem that are laid out already."""
     if not problem.moved:
-        return torch.zeros(len(rows), device=delta.device)
+        return torch.zeros(len(delta), device=delta.device)
     if problem.linear:
         (site,) = problem.moved
         parts = dict(zip(problem.sites, delta.split(replay.columns.shape[1], 1), strict=True))
-        return _leak(problem, site, rows, parts[site])
+        return _leak(problem, replay, site, parts[site])
     # Without what a constraint does in the forward pass: the vectors alone must not leak.
-    picked = replace(replay.rows(rows), hold={})
     with torch.no_grad():
-        states = picked.states(delta, problem.moved)
+        states = replace(replay, hold={}).states(delta, problem.moved)
     leaks = [
-        _leak(problem, site, rows, states[site] - picked.reference[site]) for site in problem.moved
+        _leak(problem, replay, site, states[site] - replay.reference[site])
+        for site in problem.moved
     ]
     return torch.stack(leaks).amax(0)
 
 
-def _leak(problem: Problem, site: Site, rows: Tensor, change: Tensor) -> Tensor:
+def _leak(problem: Problem, replay: Replay, site: Site, change: Tensor) -> Tensor:
     """[n] the violation at one site, of a change [n p d_model] of its residual."""
     bank = problem.held[site]
-    W = bank.W_enc[bank.slices(problem.replay.frame.rows(rows))]
+    W = bank.W_enc[bank.slices(replay.frame)]
     moved = torch.bmm(change, W).abs()
     length = W.norm(dim=1).clamp_min(TINY)
-    h = problem.replay.reference[site][rows].norm(dim=-1, keepdim=True)
+    h = replay.reference[site].norm(dim=-1, keepdim=True)
     return (moved / (length[:, None] * h.clamp_min(TINY))).amax((1, 2))

@@ -3,8 +3,8 @@
 The passes go by pieces of rows (`batching.py`), so that what they hold on the way is
 bounded by that. What is kept of all rows is the residual of the lowest site in the suffix columns,
 and keys and values of the prefix in the blocks above it, in the model's precision. Where there are
-more rows than one step of a search takes, these wait in the host's memory, and the rows of a step
-are brought to the device when they are picked.
+more rows than one pass takes, these wait in the host's memory, and the rows of a step are brought
+to the device when its blocks ask for them.
 """
 
 from __future__ import annotations

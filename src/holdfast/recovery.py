@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from holdfast.ascent import Climb, Trace, ascend
+from holdfast.ascent import Climb, Noted, Trace, ascend
 from holdfast.closed_form import ClosedForm
 from holdfast.config import Config
 from holdfast.constraints import Constraint
@@ -211,12 +211,11 @@ def _means(trace: Trace, rows: slice) -> tuple[dict[str, float], ...]:
     """Of a search's rows: the mean margin and norm over its lanes still searching at each step, the
     largest violation, and how many have reached their goal so far."""
     entries, n_reached = [], 0
-    for step in range(max((noted.step for noted in trace), default=-1) + 1):
-        parts = [
-            (noted, noted.searching & (noted.rows >= rows.start) & (noted.rows < rows.stop))
-            for noted in trace
-            if noted.step == step
-        ]
+    steps: dict[int, list[tuple[Noted, Tensor]]] = {}
+    for noted in trace:
+        own = noted.searching & (noted.rows >= rows.start) & (noted.rows < rows.stop)
+        steps.setdefault(noted.step, []).append((noted, own))
+    for step, parts in sorted(steps.items()):
         n = sum(int(own.sum()) for _, own in parts)
         if not n:
             continue

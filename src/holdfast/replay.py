@@ -113,7 +113,7 @@ class Replay(Recorded):
     def isolated(self) -> Replay:
         """The same values with the derivatives of each token by itself, those through keys and
         values left out."""
-        cache = ConstantCache(self.cache.prefix, self.cache.homes)
+        cache = ConstantCache.like(self.cache)
         return replace(self, cache=cache, calls=reading(self.calls, cache))
 
     def residual(self) -> Tensor:

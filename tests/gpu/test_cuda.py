@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.batching import Batching
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.executor import Runtime
@@ -111,7 +112,7 @@ def test_a_prefix_of_more_rows_than_a_step_takes_waits_on_the_host() -> None:
     batch = tiny_batch(subject, 7)
     positions = batch.positions[:, -1:]
     whole = Replay.record(subject, batch, SITE, positions)
-    pieces = Replay.record(replace(subject, batch_size=3), batch, SITE, positions)
+    pieces = Replay.record(replace(subject, batching=Batching(3)), batch, SITE, positions)
     assert {t.device.type for own in whole.prefix if own for t in own} == {"cuda"}
     assert {t.device.type for own in pieces.prefix if own for t in own} == {"cpu"}
     rows = torch.tensor([6, 0, 0], device="cuda")

@@ -1111,3 +1111,16 @@ def test_values_in_units_of_a_unit_decoder(mode: Any) -> None:
 def test_units_need_a_mode_with_values_of_its_own() -> None:
     with pytest.raises(ValidationError, match="has no units"):
         Clamp(mode="multiply", value=2.0, units="unit_decoder")
+
+
+def test_a_condition_on_the_prompt_is_decided_where_only_the_answer_is_clamped(
+    subject: Subject, batch: Batch
+) -> None:
+    bank = FeatureBank.of(subject.sae(SITE), one_site())
+    free = FeatureEdit(bank, "set", 40.0, where="generated")
+    plain = subject.generate(batch, (), max_new_tokens=4)
+    clamped = subject.generate(batch, (free,), max_new_tokens=4)
+    assert not torch.equal(plain, clamped), "the fixture: the clamp changes what is written"
+    for above, expected in ((-1.0, clamped), (1e6, plain)):
+        edit = replace(free, gate=PromptGate(bank, above, 0.0))
+        assert torch.equal(subject.generate(batch, (edit,), max_new_tokens=4), expected)

@@ -85,3 +85,19 @@ def test_the_model_attends_as_ever_afterwards() -> None:
     assert model.config._attn_implementation == usual
     with attending(model, PrefixCache(())):
         assert model.config._attn_implementation == usual, "nothing to keep apart"
+
+
+def test_rows_are_copied_when_a_block_asks_for_them_and_once() -> None:
+    keys, values = torch.randn(2, 5, 1, 2, 4)
+    whole = PrefixCache([(keys, values), (keys + 1, values + 1)])
+    own = whole.rows(torch.tensor([4, 1, 1, 3]))
+    first = own.of(0)
+    assert own.of(0)[0] is first[0], "a step's blocks share what the step before has copied"
+    kept = {t.data_ptr() for pair in vars(own)["_own"].values() for t in pair}
+    assert kept == {t.data_ptr() for t in first}, "the other block has not asked"
+    fewer = own.rows(torch.tensor([3, 0]))  # of one that was asked for, and of one that was not
+    for layer in (0, 1):
+        assert torch.equal(fewer.of(layer)[0], keys[[3, 4]] + layer)
+        assert torch.equal(fewer.of(layer)[1], values[[3, 4]] + layer)
+    alone = ConstantCache.like(fewer)
+    assert isinstance(alone, ConstantCache) and alone.of(1)[0] is fewer.of(1)[0]

@@ -15,6 +15,7 @@ from holdfast.ascent import Ascent, Climb, ascend
 from holdfast.attacks import Attacked, TrialResult
 from holdfast.attacks.residual import MOST_ROWS, _sharing, pose, pose_together
 from holdfast.batch import Example
+from holdfast.batching import Beginning, Sizes
 from holdfast.controls import Case
 from holdfast.controls.none import NoControl
 from holdfast.controls.wrong_target import WrongTarget
@@ -196,6 +197,17 @@ def test_several_searches_of_forced_answers_are_stacked(one_site: Setting) -> No
         check_the_same(recovery, alone(each))
 
 
+def test_rows_without_a_looser_constraint_may_be_the_only_ones_that_failed(
+    one_site: Setting,
+) -> None:
+    members = [attacked(one_site, spec_of("unconstrained", 0.01)),
+               attacked(one_site, spec_of("encoder_null", 3.0))]  # fmt: skip
+    tight, wide = together(members)
+    assert "not_recovered" in tight.outcomes and set(wide.outcomes) == {"recovered"}
+    for each, recovery in zip(members, (tight, wide), strict=True):
+        check_the_same(recovery, alone(each))
+
+
 # --- Who leaves when ------------------------------------------------------------------------------
 
 
@@ -254,6 +266,17 @@ def test_a_success_ends_the_lanes_of_its_row_in_balls_as_large_and_no_others(
     ended = ascend(problem, feasible, climb, 3, Steepest())
     assert ended.reached.tolist() == [False, True, False, False]
     assert ended.passes.tolist() == [4, 1, 1, 1]
+
+    # Lanes that stand apart do not know of each other, and are not counted for what that costs.
+    batching = problem.replay.subject.batching
+    before = batching.sizes
+    batching.begin(Beginning(Sizes.every(1)))
+    try:
+        apart = ascend(problem, feasible, climb, 3, Steepest())
+    finally:
+        batching.begin(Beginning(before))
+    assert torch.equal(apart.reached_at, ended.reached_at)
+    assert torch.equal(apart.passes, ended.passes)
 
 
 # --- Rows and their owners ------------------------------------------------------------------------

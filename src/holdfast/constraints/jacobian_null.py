@@ -145,10 +145,12 @@ class JacobianNull(ConstraintKind):
             origin = torch.zeros(features.shape, device=used.device)
             fits = Offsets.fit(problem)
             coordinates = Offsets(features, problem.reference_norm) if fits else Plain(features)
-            return Framed(
-                features, coordinates, Frame.at(features, origin, used), problem.reference_norm,
-                free, tolerance,
+            parts = problem.replay.subject.batching.over(
+                "steps", torch.arange(len(problem), device=used.device),
+                lambda rows: Frame.at(features.rows(rows), origin[rows], used),
             )  # fmt: skip
+            frame = Frame.join(parts)
+            return Framed(coordinates, frame, problem.reference_norm, free, tolerance)
         return Level(features, near, free, tolerance, in_place)
 
 

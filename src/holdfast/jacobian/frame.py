@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,6 +60,13 @@ class Frame:
         ]
         J, scale, factor = (torch.cat(own) for own in zip(*parts, strict=True))
         return cls(delta.clone(), J, scale, factor, used)
+
+    @staticmethod
+    def join(parts: Sequence[Frame]) -> Frame:
+        """Of the lanes of all parts, made at the same entries."""
+        names = ("center", "J", "scale", "factor")
+        own = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return Frame(**own, used=parts[0].used)
 
     def rows(self, rows: Tensor) -> Frame:
         return Frame(

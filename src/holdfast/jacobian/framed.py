@@ -38,7 +38,6 @@ class Framed:
     ends in the set stays where it is.
     """
 
-    features: FeatureMap
     coordinates: Coordinates
     frame: Frame
     size: Tensor
@@ -46,13 +45,17 @@ class Framed:
     tolerance: float
 
     @property
+    def features(self) -> FeatureMap:
+        return self.coordinates.features
+
+    @property
     def dimension(self) -> Tensor:
         return self.free
 
     def rows(self, rows: Tensor) -> Framed:
         return Framed(
-            self.features.rows(rows), self.coordinates.rows(rows), self.frame.rows(rows),
-            self.size[rows], self.free[rows], self.tolerance,
+            self.coordinates.rows(rows), self.frame.rows(rows), self.size[rows], self.free[rows],
+            self.tolerance,
         )  # fmt: skip
 
     def around(self, at: Iterate) -> Framed:
