@@ -30,11 +30,11 @@ MEANINGS: Mapping[str, str] = {
     "random": "a random direction",
     "random_inside": "a random direction inside the constraint",
     "undo": "the clamp's displacement taken back",
-    "undo_inside": "the same, brought inside the constraint",
+    "undo_inside": "the clamp's displacement, brought inside the constraint",
     "transfer": "the vector of another recovered prompt",
-    "transfer_inside": "the same, brought inside the constraint",
+    "transfer_inside": "another prompt's vector, brought inside the constraint",
     "answer_mean": "difference in means towards this answer",
-    "answer_mean_inside": "the same, brought inside the constraint",
+    "answer_mean_inside": "difference in means, brought inside the constraint",
     "gradient_inside": "one gradient step inside the constraint",
 }
 """Every baseline, in the order of the table."""

@@ -42,7 +42,7 @@ class Separation(Config):
     """How much more the control's answer costs, over paired prompts.
 
     ratio: median of control norm / audit norm, a never-reached goal counting as infinite; None
-    if that is not finite. share_dearer: share of prompts where the control costs more. compared:
+    if that is not finite. share_dearer: share of n_pairs where the control costs more. compared:
     whether the goal was reached at all, by either, on some shared prompt. dearer: the ratio is at
     least the rule's; separated: and its interval excludes 1.
     """
@@ -114,7 +114,10 @@ def separation(rule: VerdictRule, control: str, audit: Rows, other: Rows) -> Sep
         compared=True,
         dearer=bool(ratio.estimate >= rule.min_ratio),
         separated=bool(separated),
-        sentence=f"{control.replace('_', ' ')}: {text}, dearer on {dearer.estimate:.0%} of prompts",
+        sentence=(
+            f"{control.replace('_', ' ')}: {text}, dearer on {dearer.estimate:.0%} of "
+            f"{dearer.n} prompts"
+        ),
     )
 
 

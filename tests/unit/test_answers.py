@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from holdfast.attacks import Attacked, AttackKind, TrialResult
-from holdfast.attacks.prefill import ALIKE, ENDED, Prefill, _Begun, _begun, _others, _Round
+from holdfast.attacks.prefill import ALIKE, ENDED, Prefill, _Begun, _begun, _cells, _others, _Round
 from holdfast.attacks.sampling import Sampling
 from holdfast.batch import Batch
 from holdfast.batching import Batching
@@ -191,11 +191,15 @@ def test_what_is_given_is_clamped_and_goes_on_as_in_full_passes(induced: Setting
     assert differ, "a clamp that leaves out what is given would say the same"
 
 
-def begun(tried: list[int], whole: list[int], alone: list[int]) -> _Begun:
+def begun(
+    tried: list[int], whole: list[int], alone: list[int], clusters: tuple[str, ...] | None = None
+) -> _Begun:
     n = len(tried)
+    clusters = clusters or tuple(map(str, range(n)))
     made = [torch.tensor(values, dtype=torch.bool) for values in (whole, alone)]
     blank = ("",) * n
-    return _Begun(torch.tensor(tried, dtype=torch.bool), ENDED, *made, blank, blank, blank)
+    there = torch.tensor(tried, dtype=torch.bool)
+    return _Begun(clusters, there, ENDED, *made, blank, blank, blank)
 
 
 def test_what_was_given_is_not_counted() -> None:
@@ -209,6 +213,14 @@ def test_what_was_given_is_not_counted() -> None:
     )
     assert each.asked.tolist() == [True, True, False, False, True]
     assert each.back.tolist() == [True, False, False, False, False]
+
+
+def test_opposed_prompts_of_one_cluster_are_one_observation() -> None:
+    nobody = begun([0] * 4, [0] * 4, [0] * 4)
+    made = begun([1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], ("x", "x", "y", "z"))
+    turned = _cells(_Round(2, nobody, nobody, nobody, made), nobody.clusters)["turned"]
+    assert (turned.n, turned.n_clusters) == (3, 2)
+    assert turned.estimate == pytest.approx(2 / 3)
 
 
 def test_another_prompts_beginning_is_anothers() -> None:

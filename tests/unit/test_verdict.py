@@ -201,6 +201,13 @@ def test_rows_that_could_not_be_searched_are_not_dear() -> None:
     assert separation(RULE, "wrong_target", audit, other).n_pairs == 1
 
 
+def test_a_share_says_of_how_many_prompts_it_is() -> None:
+    """Prompts on which neither gets there are no pairs, and are not counted as such."""
+    found = compared([0.2, 0.2, 0.2] + [math.nan] * 7, [math.nan] * 10)
+    assert found.n_pairs == 3 and found.share_dearer == 1
+    assert found.sentence.endswith("dearer on 100% of 3 prompts")
+
+
 def test_few_prompts_do_not_separate() -> None:
     """Dearer on average, but the interval includes 1: neither forcible nor breached."""
     mixed = compared(NORMS[:5], [f * n for f, n in zip((4, 2, 2, 0.3, 0.3), NORMS, strict=False)])

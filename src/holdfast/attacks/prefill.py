@@ -112,6 +112,7 @@ class _Begun:
     whole, alone [n] bool: the judge finds the behavior in the whole answer, in what the model
     added; labels, alone_labels, sha256 (of the whole answer): empty where not tried."""
 
+    clusters: tuple[str, ...]
     tried: Tensor
     reason: str
     whole: Tensor
@@ -177,7 +178,10 @@ def _begun(
         for at, row in enumerate(rows.tolist()):
             labels[row], alone_labels[row] = all_of_it.labels[at], added.labels[at]
             sha256[row] = all_of_it.replies[at].sha256
-    return _Begun(tried, reason, whole, alone, tuple(labels), tuple(alone_labels), tuple(sha256))
+    return _Begun(
+        prompts.clusters, tried, reason, whole, alone, tuple(labels), tuple(alone_labels),
+        tuple(sha256),
+    )  # fmt: skip
 
 
 def _others(prompts: Batch, said: Sequence[Sequence[int]], n: int) -> list[tuple[int, ...] | None]:
@@ -247,14 +251,14 @@ def _cells(each: _Round, clusters: Sequence[str]) -> dict[str, Measurement]:
         return rate_where(f"{each.name}.{key}", hits, scored, clusters, reason)
 
     turned = each.turned
-    shows = turned.shows[turned.tried]
-    alone = rate(f"{each.name}.turned", shows, [str(row) for row in range(len(shows))])
+    rows = turned.tried.nonzero().flatten().tolist()
+    alone = rate(f"{each.name}.turned", turned.shows[rows], [turned.clusters[row] for row in rows])
     return {
         "back": told("back", each.back, each.asked, WITHOUT),
         "whole": told("whole", each.clamped.whole, each.clamped.tried, ENDED),
         "without": told("without", each.without.shows, each.without.tried, ENDED),
         "other": told("other", each.other.shows, each.other.tried, ALIKE),
-        "turned": alone if len(shows) else alone.model_copy(update={"reason": NONE_OPPOSED}),
+        "turned": alone if rows else alone.model_copy(update={"reason": NONE_OPPOSED}),
     }
 
 
