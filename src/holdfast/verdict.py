@@ -44,7 +44,7 @@ class Separation(Config):
     ratio: median of control norm / audit norm, a never-reached goal counting as infinite; None
     if that is not finite. share_dearer: share of n_pairs where the control costs more. compared:
     whether the goal was reached at all, by either, on some shared prompt. dearer: the ratio is at
-    least the rule's; separated: and its interval excludes 1.
+    least the rule's; separated: and its interval excludes 1, and that of share_dearer one half.
     """
 
     control: str
@@ -95,7 +95,8 @@ def separation(rule: VerdictRule, control: str, audit: Rows, other: Rows) -> Sep
     clusters = [cluster for cluster, ok in zip(clusters, reached, strict=True) if ok]
     ratio = paired_ratio(a, b, clusters, level=rule.level)
     dearer = share_greater(a, b, clusters, level=rule.level)
-    separated = ratio.estimate >= rule.min_ratio and ratio.low > 1
+    # Both: where a few pairs all agree, resampling them has no spread, and 2 of 2 would be proof.
+    separated = ratio.estimate >= rule.min_ratio and ratio.low > 1 and dearer.low > 0.5
     if np.isinf(ratio.estimate):
         text = "out of reach on most prompts"
     elif ratio.estimate == 0:

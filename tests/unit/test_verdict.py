@@ -208,6 +208,14 @@ def test_a_share_says_of_how_many_prompts_it_is() -> None:
     assert found.sentence.endswith("dearer on 100% of 3 prompts")
 
 
+@pytest.mark.parametrize(("n", "said"), [(2, "undecided"), (3, "undecided"), (6, "breached")])
+def test_a_few_prompts_that_all_agree_are_no_proof(n: int, said: str) -> None:
+    """Resamples of them agree as well; the interval of the share does not (Wilson: .44 of 3)."""
+    found = compared(NORMS[:n], [math.nan] * n)
+    assert found.dearer and found.share_dearer == 1.0
+    assert verdict(found, recovered=n).verdict == said
+
+
 def test_few_prompts_do_not_separate() -> None:
     """Dearer on average, but the interval includes 1: neither forcible nor breached."""
     mixed = compared(NORMS[:5], [f * n for f, n in zip((4, 2, 2, 0.3, 0.3), NORMS, strict=False)])
