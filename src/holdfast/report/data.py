@@ -85,6 +85,10 @@ class Attempt:
     row: Mapping[str, Any]
 
 
+MAY_MOVE = {"floor": "may rise", "codes": "off, may sink"}
+"""Promise → what of a held feature's drift is allowed under it, if any is."""
+
+
 @dataclass(frozen=True)
 class Point:
     """An audit at one point of the grid, with the controls that are finished."""
@@ -107,6 +111,11 @@ class Point:
         """Largest drift of a held feature's pre-activation, relative; 0 where nothing was read."""
         value = self.main.checks["preactivation_drift_max"]
         return float(value) if is_number(value) else 0.0
+
+    @property
+    def may_move(self) -> str:
+        """What a constraint that holds something lets held features do; empty for nothing."""
+        return MAY_MOVE.get(self.main.checks.get("promise", "nothing"), "")
 
     @property
     def leaks(self) -> bool:

@@ -35,6 +35,7 @@ def _bars(audit: AuditData) -> dict[str, Any]:
                 "n": own["recovered"],
                 "width": 100 * own["recovered"] / tried,
                 "leaks": point.leaks,
+                "may_move": point.may_move,
                 "free": point.free,
             }
         )

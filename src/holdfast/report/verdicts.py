@@ -36,6 +36,7 @@ def card(audit: AuditData, point: Point) -> dict[str, Any]:
         "row": row,
         "known": findings(audit, (point,))[0] if audit.known_answer else None,
         "leaks": point.leaks,
+        "may_move": point.may_move,
         "free": point.free,
         "n_reached": point.main.n_reached,
         "arms": [
@@ -57,6 +58,7 @@ def card(audit: AuditData, point: Point) -> dict[str, Any]:
                 "label": other.label,
                 "row": other.main.row,
                 "leaks": other.leaks,
+                "may_move": other.may_move,
                 "free": other.free,
                 "false_breach": audit.known_answer is not None
                 and findings(audit, (other,))[0].status == "false breach",
