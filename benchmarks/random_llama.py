@@ -17,11 +17,12 @@ from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.problem import Lanes, Problem
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
+from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.steppers import Steepest
 from holdfast.subject import Subject
 from holdfast.subspace import Iterate, NullSpace, into_ball
-from holdfast.testing import random_sae, tiny_tokenizer
+from holdfast.testing import tiny_tokenizer
 
 VALUE = -2.0
 BUDGET = 0.25
@@ -106,9 +107,21 @@ def question(size: Size) -> Batch:
 
 def random_subject(size: Size) -> Subject:
     site = Site(size.layer + 1)
-    sae = random_sae(site, size.d_model, size.n_features)
+    sae = wide_sae(site, size.d_model, size.n_features)
     tokenizer: Any = tiny_tokenizer()
     return Subject.of("random", random_model(size), tokenizer, {site: sae}, batching=Batching(64))
+
+
+def wide_sae(site: Site, d_model: int, n_features: int) -> SAE:
+    """A random SAE, made in place: a million features take their 4 GB and no more."""
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.randn(n_features, d_model, generator=generator)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    W_enc = torch.randn(d_model, n_features, generator=generator).mul_(0.05).add_(W_dec.T)
+    return SAE(
+        site=site, W_enc=W_enc, W_dec=W_dec, b_enc=torch.zeros(n_features),
+        b_dec=torch.zeros(d_model), threshold=torch.full((n_features,), 0.1), name="random",
+    )  # fmt: skip
 
 
 def random_model(size: Size) -> Any:
@@ -162,8 +175,9 @@ def busiest(subject: Subject, batch: Batch, site: Site, n: int) -> tuple[int, ..
     """The features that fire most on the prompts, so that the clamp has something to do."""
     positions = batch.positions[:, :1]
     replay = Replay.record(subject, batch, site, positions)
-    fired = (subject.sae(site).full().encode(replay.base) > 0).sum((0, 1))
-    return tuple(fired.topk(n).indices.tolist())
+    sae, x = subject.sae(site).full(), replay.base
+    fired = [(sae.encode(x, own) > 0).sum((0, 1)) for own in sae.blocks(x.shape[:-1].numel())]
+    return tuple(torch.cat(fired).topk(n).indices.tolist())
 
 
 def replayed(problem: Problem) -> Step:
