@@ -11,13 +11,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.errors import EditError
 from holdfast.prefix import PrefixCache
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of one block, without the residual."""
+
+
+def called(block: nn.Module, x: Tensor, call: Call) -> Tensor:
+    """The residual after a block, from the one before it; some families return it in a tuple."""
+    args, kwargs = call
+    made = block(x, *args, **kwargs)
+    residual: Tensor = made[0] if isinstance(made, tuple) else made
+    return residual
 
 
 def mapped(change: Callable[..., Any], first: Any, *others: Any) -> Any:

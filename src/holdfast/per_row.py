@@ -10,7 +10,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from holdfast.replay import Hold
+from holdfast.recorded import Hold
 from holdfast.steppers import State, Stepper
 from holdfast.subspace import FeasibleSet, Iterate
 

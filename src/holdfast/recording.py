@@ -9,7 +9,7 @@ to the device when its blocks ask for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,38 +21,9 @@ from holdfast.block_calls import Call, joined, reading
 from holdfast.edits import Capture, Edit, decided_on_whole
 from holdfast.hooks import AttachedEdits, record_calls
 from holdfast.prefix import PrefixCache
+from holdfast.recorded import Recorded
 from holdfast.sites import Site
 from holdfast.subject import Subject
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What was recorded for n rows.
-
-    sites: the m perturbed ones, in forward order; a perturbation is [n q d_model] with q = m·p
-    slots, all positions of the first site, then all of the next. base [n s d_model]: the residual
-    of the lowest site in the suffix columns, before the perturbation and with `before` on; columns
-    [n p]: suffix column of each perturbed position, -1 for none. `before` and `after` act at a
-    perturbed site before and after the perturbation, at other sites in this order. reference: site
-    → [n p d_model], the suppressed residual with every edit on, at perturbed sites and at watched
-    ones; unclamped: the same before the site's own edits, at perturbed sites. cache, calls: the
-    prefix, and what each block is called with. whole: why every token is replayed; empty where it
-    is the suffix.
-    """
-
-    subject: Subject
-    sites: tuple[Site, ...]
-    batch: Batch
-    frame: Frame
-    base: Tensor
-    columns: Tensor
-    before: tuple[Edit, ...]
-    after: tuple[Edit, ...]
-    reference: Mapping[Site, Tensor]
-    unclamped: Mapping[Site, Tensor]
-    cache: PrefixCache
-    calls: tuple[Call, ...]
-    whole: str
 
 
 @dataclass(frozen=True)
