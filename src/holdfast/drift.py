@@ -21,8 +21,49 @@ TAU = 0.01
 
 TINY = 1e-30
 
+RELATIVE_UNIT = "share of the features' norm"
+PREACTIVATION_UNIT = "share of encoder norm x residual norm"
+NO_SCALE = "no held feature is active in the reference or on the fit split"
+"""What a record calls the two drifts, and why the relative one may have no value."""
+
 MedianActive = Mapping[str, float | None]
 """Group → median of the features' active values on the fit split, None where none fired."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What the held features of one site did between two residuals, [n p k] each.
+
+    held: bool, the features that there are, at the tokens that are looked at. preactivation: |Δp_i|
+    in activation units, before, after: codes z_i; 0 where not held. scale: ‖a_i‖·‖h‖ of the first
+    residual.
+    """
+
+    held: Tensor
+    preactivation: Tensor
+    scale: Tensor
+    before: Tensor
+    after: Tensor
+
+    @classmethod
+    def between(
+        cls, bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor, there: Tensor
+    ) -> Moved:
+        """Of residuals [n p d_model] in float64, at the tokens where `there` [n p]."""
+        held = bank.valid[bank.slices(frame)][:, None] & there[..., None]
+        moved, scale = _preactivations(bank, frame, before, after)
+        codes = (bank.activations(x, frame) for x in (before, after))
+        return cls(held, torch.where(held, moved, 0.0), scale,
+                   *(torch.where(held, z, 0.0) for z in codes))  # fmt: skip
+
+    def drift(self, floor: Tensor) -> Drift:
+        """floor [n]: see `floor_of`."""
+        return Drift(
+            preactivation=(self.preactivation / self.scale).amax((1, 2)),
+            change=(self.after - self.before).square().sum((1, 2)),
+            size=self.before.square().sum((1, 2)),
+            floor=floor,
+        )
 
 
 @dataclass(frozen=True)
@@ -39,28 +80,6 @@ class Drift:
     floor: Tensor
 
     @classmethod
-    def at(
-        cls,
-        bank: FeatureBank,
-        frame: Frame,
-        before: Tensor,
-        after: Tensor,
-        there: Tensor,
-        median_active: MedianActive,
-    ) -> Drift:
-        """Of one site: residuals [n p d_model] at the tokens where `there` [n p], float64."""
-        own = bank.valid[bank.slices(frame)][:, None] & there[..., None]
-        moved, scale = moved_preactivations(bank, frame, before, after)
-        reference = bank.activations(before, frame)
-        change = bank.activations(after, frame) - reference
-        return cls(
-            torch.where(own, moved / scale, 0.0).amax((1, 2)),
-            torch.where(own, change, 0.0).square().sum((1, 2)),
-            torch.where(own, reference, 0.0).square().sum((1, 2)),
-            floor_of(bank, frame, median_active),
-        )
-
-    @classmethod
     def between(
         cls,
         held: Mapping[Site, FeatureBank],
@@ -70,9 +89,12 @@ class Drift:
         there: Tensor,
         median_active: Mapping[Site, MedianActive],
     ) -> Drift:
-        """Of all held sites together."""
+        """Of all held sites together: residuals [n p d_model] by site, in float64, at the tokens
+        where `there` [n p]."""
         sites = [
-            cls.at(bank, frame, before[site], after[site], there, median_active[site])
+            Moved.between(bank, frame, before[site], after[site], there).drift(
+                floor_of(bank, frame, median_active[site])
+            )
             for site, bank in held.items()
         ]
         return cls(
@@ -102,7 +124,14 @@ def floor_of(bank: FeatureBank, frame: Frame, median_active: MedianActive) -> Te
     return TAU**2 * n_held * n_held.new_tensor(medians).square()
 
 
-def moved_preactivations(
+def preactivation_drift(bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor) -> Tensor:
+    """[n p] at each token, the largest |Δp_i| / (‖a_i‖·‖h‖) of a held feature between two residuals
+    [n p d_model] in float64."""
+    moved, scale = _preactivations(bank, frame, before, after)
+    return torch.where(bank.valid[bank.slices(frame)][:, None], moved / scale, 0.0).amax(2)
+
+
+def _preactivations(
     bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor
 ) -> tuple[Tensor, Tensor]:
     """|Δp| [n p k] between two residuals [n p d] in float64, and its scale ‖a_i‖·‖h‖."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from holdfast.behaviors.observation import Observation
 from holdfast.canonical import digest
+from holdfast.checks import Checks
 from holdfast.constraints import Promise
 from holdfast.controls import Case
 from holdfast.measure import Measurement, median, rate, rate_where, relative
@@ -23,7 +24,6 @@ from holdfast.second_opinions import labels_of, opinions_of, rates_of
 from holdfast.setting import Setting
 from holdfast.strata import by_depth
 from holdfast.unclamped import NOT_AHEAD, Unclamped
-from holdfast.verify import Checks
 
 BROKEN = ("degenerate", "empty")
 """Labels of a reply that says nothing."""

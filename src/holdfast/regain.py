@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from holdfast.behaviors.observation import Observation
+from holdfast.checks import Checks
 from holdfast.controls import Case
 from holdfast.edits import Edit, Perturbation
 from holdfast.embedding import likeness
@@ -22,7 +23,7 @@ from holdfast.judges.writing import foreign_share
 from holdfast.likelihood import nll
 from holdfast.problem import Problem
 from holdfast.setting import Setting
-from holdfast.verify import Checks, verify
+from holdfast.verify import verify
 
 
 @dataclass(frozen=True)

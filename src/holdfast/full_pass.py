@@ -1,0 +1,65 @@
+"""Full passes from the embedding, and what they read where a perturbation is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.batch import Batch
+from holdfast.edits import Capture, Edit, Perturbation
+from holdfast.sites import Site
+from holdfast.subject import Subject
+
+
+@dataclass(frozen=True)
+class Read:
+    """The residual of one site before the clamp, after it, and at the end: [n p d] each at the
+    perturbed positions; whole [n s d] at the end, at every token."""
+
+    before: Tensor
+    clamped: Tensor
+    after: Tensor
+    whole: Tensor
+
+
+@dataclass(frozen=True)
+class FullPass:
+    """Logits of one pass where the answer is read, and what it read at every site."""
+
+    logits: Tensor
+    reads: Mapping[Site, Read]
+
+    @classmethod
+    def of(
+        cls,
+        subject: Subject,
+        batch: Batch,
+        edits: Sequence[Edit],
+        added: Sequence[Perturbation],
+        clamp_first: bool,
+        sites: Sequence[Site],
+        positions: Tensor,
+    ) -> FullPass:
+        """With the clamp's `edits` before or after what is added; read at positions [b p]."""
+        before, clamped, after = kinds = [[Capture(site) for site in sites] for _ in range(3)]
+        clamp = (*before, *edits, *clamped)
+        passed = (*clamp, *added, *after) if clamp_first else (*added, *clamp, *after)
+        logits = subject.read(batch, passed)
+        everywhere = _positions(batch)
+        reads = {}
+        for index, site in enumerate(sites):
+            x, y, z = (c[index].at(batch.ids, positions) for c in kinds)
+            reads[site] = Read(x, y, z, after[index].at(batch.ids, everywhere))
+        return cls(logits, reads)
+
+    def at(self, site: Site) -> Read:
+        return self.reads[site]
+
+
+def _positions(batch: Batch) -> Tensor:
+    """[b s] every absolute position of a batch, ascending, -1 after the last."""
+    steps = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).repeat(len(batch), 1)
+    return torch.where(steps <= batch.positions[:, -1:], steps, -1)
