@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import Batch, Frame
-from holdfast.edits import Edit, never_fired
+from holdfast.edits import Edit, EveryToken
 from holdfast.errors import SubjectError
 from holdfast.frozen import Frozen
 from holdfast.hooks import tapped
@@ -93,27 +93,16 @@ class Direct:
 
 
 @dataclass
-class _Column:
+class _Column(EveryToken):
     """Reads a site at one column a row: [b d_model] a pass."""
 
     site: Site
     spot: Spot
     seen: list[Tensor] = field(default_factory=list)
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return (self.site,)
-
-    def selects(self, site: Site, frame: Frame) -> Tensor:
-        return frame.positions >= 0
-
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         self.seen.append(self.spot.cut(x.detach()))
         return x
-
-    def check_fired(self, site: Site, n_fired: int) -> None:
-        if n_fired == 0:
-            raise never_fired(self, site)
 
 
 def unreadable(subject: Subject, batch: Batch) -> str:

@@ -7,6 +7,7 @@ so a later site sees what earlier edits did.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
@@ -250,15 +251,11 @@ class Perturbation:
             )
 
 
-@dataclass
-class Capture:
-    """Reads the residual at one site as the edits before it in the tuple left it.
-
-    The one edit with state: `seen` holds (frame, x) of every pass, x detached.
-    """
+class EveryToken(ABC):
+    """An edit that meets every token at one site. Most of these read the residual there, and give
+    it back as it is."""
 
     site: Site
-    seen: list[tuple[Frame, Tensor]] = field(default_factory=list)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -267,13 +264,27 @@ class Capture:
     def selects(self, site: Site, frame: Frame) -> Tensor:
         return frame.positions >= 0
 
-    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
-        self.seen.append((frame, x.detach()))
-        return x
+    @abstractmethod
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor: ...
 
     def check_fired(self, site: Site, n_fired: int) -> None:
         if n_fired == 0:
             raise never_fired(self, site)
+
+
+@dataclass
+class Capture(EveryToken):
+    """Reads the residual at one site as the edits before it in the tuple left it.
+
+    The one edit with state: `seen` holds (frame, x) of every pass, x detached.
+    """
+
+    site: Site
+    seen: list[tuple[Frame, Tensor]] = field(default_factory=list)
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        self.seen.append((frame, x.detach()))
+        return x
 
     def at(self, ids: tuple[str, ...], positions: Tensor) -> Tensor:
         """[b p d_model]: what was read for the prompts `ids` at absolute positions [b p].

@@ -14,6 +14,7 @@ from holdfast.canonical import digest
 from holdfast.checks import Checks
 from holdfast.constraints import Promise
 from holdfast.controls import Case
+from holdfast.drift import NO_SCALE, PREACTIVATION_UNIT, RELATIVE_UNIT
 from holdfast.measure import Measurement, median, rate, rate_where, relative
 from holdfast.paths import Paths
 from holdfast.problem import Problem
@@ -122,12 +123,10 @@ def result_of(found: Found) -> dict[str, Any]:
             "half of the prompts or more never reached the goal inside the budget",
         ),
         median(
-            "drift_relative", "share of the features' norm", checks.drift_relative, clusters,
-            "no held feature is active in the reference or on the fit split",
+            "drift_relative", RELATIVE_UNIT, checks.drift_relative, clusters, NO_SCALE,
         ),
         median(
-            "preactivation_drift", "share of encoder norm x residual norm",
-            checks.preactivation_drift, clusters,
+            "preactivation_drift", PREACTIVATION_UNIT, checks.preactivation_drift, clusters,
         ),
         median("decode_drift", "residual units", checks.decode_drift, clusters),
     ]  # fmt: skip
@@ -260,8 +259,8 @@ def unsearched(setting: Setting, case: Case) -> dict[str, Any]:
         median(name, unit, nothing.double(), (), case.if_empty)
         for name, unit in (
             ("smallest_norm_relative", "share of the residual's norm"),
-            ("drift_relative", "share of the features' norm"),
-            ("preactivation_drift", "share of encoder norm x residual norm"),
+            ("drift_relative", RELATIVE_UNIT),
+            ("preactivation_drift", PREACTIVATION_UNIT),
         )
     ]
     counts = dict.fromkeys(SENTENCES, 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import Batch, Example, Frame
 from holdfast.batching import Batching, Work
-from holdfast.edits import Edit, Placed
+from holdfast.edits import Edit, EveryToken, Placed
 from holdfast.errors import NonFiniteError, SAEError, SplitError, SubjectError
 from holdfast.families import Family, d_model_of, family_of
 from holdfast.hooks import AttachedEdits
@@ -387,17 +387,10 @@ class _Enough(Exception):
 
 
 @dataclass(frozen=True)
-class _Last:
+class _Last(EveryToken):
     """An edit that ends the pass at its site."""
 
     site: Site
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return (self.site,)
-
-    def selects(self, site: Site, frame: Frame) -> Tensor:
-        return frame.positions >= 0
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         raise _Enough(x)

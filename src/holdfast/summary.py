@@ -30,15 +30,10 @@ def summarize(
         "study_hash": plan.hash,
         "complete": complete,
         "trials": rows,
-        "attempts": [
-            attempt(plan, store, trial) for trial in done if trial.attack.listed == "attempts"
-        ],
-        "answers": [
-            answer(plan, store, trial) for trial in done if trial.attack.listed == "answers"
-        ],
-        "suffixes": [
-            suffix(plan, store, trial) for trial in done if trial.attack.listed == "suffixes"
-        ],
+        **{
+            name: [make(plan, store, trial) for trial in done if trial.attack.listed == name]
+            for name, make in (("attempts", attempt), ("answers", answer), ("suffixes", suffix))
+        },
         "unlearning": [score.model_dump(mode="json") for score in unlearning(plan, store, done)],
     }
 
@@ -93,29 +88,14 @@ def row(plan: Plan, store: RunFolder, trial: Trial, done: Sequence[Trial]) -> di
     """One trial's row. A control has no verdict: it is part of its audit's."""
     record = store.load(trial.id)
     result, checks = record["result"], record["result"]["checks"]
-    stages = result["funnel"]["stages"]
     measured = {m["name"]: m for m in result["measurements"]}
-    recovery, norm = measured["recovery_rate"], measured["smallest_norm_relative"]
-    spec = trial.recovery
+    norm, spec = measured["smallest_norm_relative"], trial.recovery
     assert spec is not None
     verdict = judgement(plan, store, trial, done) if trial.is_audit else None
-    return {
-        "id": trial.id,
-        "audit": trial.audit,
-        "behavior": trial.behavior.kind,
+    return _shared(plan, trial, record) | {
         "constraint": spec.constraint.kind,
-        "point": plan.points.get(trial.id, {}),
         "order": spec.order,
         "control": trial.control.kind,
-        "n_tried": stages["tried"],
-        "n_clean": stages["clean"],
-        "n_suppressed": stages["suppressed"],
-        "n_valid": stages["valid"],
-        "n_clusters": recovery["n_clusters"],
-        "n_recovered": stages["recovered"],
-        "recovery_rate": recovery["estimate"],
-        "ci_low": recovery["low"],
-        "ci_high": recovery["high"],
         "drift_relative_mean": checks["drift_relative_mean"],
         "drift_relative_max": checks["drift_relative_max"],
         "n_drift_undefined": checks["n_drift_undefined"],
@@ -124,12 +104,10 @@ def row(plan: Plan, store: RunFolder, trial: Trial, done: Sequence[Trial]) -> di
         "norm_relative_median": norm["estimate"],
         "norm_relative_low": norm["low"],
         "norm_relative_high": norm["high"],
-        "outcome": result["outcome"]["outcome"],
         "verdict": verdict.verdict if verdict else None,
         "sentence": verdict.sentence if verdict else result["outcome"]["sentence"],
         "separations": [s.model_dump(mode="json") for s in verdict.separations] if verdict else [],
         "judges": _judges(measured),
-        "seconds": record["run"]["seconds"],
     }
 
 
@@ -143,25 +121,11 @@ def attempt(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
     """
     record = store.load(trial.id)
     result = record["result"]
-    stages = result["funnel"]["stages"]
     measured = {m["name"]: m for m in result["measurements"]}
-    recovery, without = measured["recovery_rate"], measured["without_clamp_rate"]
-    return {
-        "id": trial.id,
-        "audit": trial.audit,
-        "behavior": trial.behavior.kind,
+    without = measured["without_clamp_rate"]
+    return _shared(plan, trial, record) | {
         "attack": trial.attack.kind,
-        "point": plan.points.get(trial.id, {}),
-        "n_tried": stages["tried"],
-        "n_clean": stages["clean"],
-        "n_suppressed": stages["suppressed"],
-        "n_valid": stages["valid"],
-        "n_asked": stages["asked"],
-        "n_clusters": recovery["n_clusters"],
-        "n_recovered": stages["recovered"],
-        "recovery_rate": recovery["estimate"],
-        "ci_low": recovery["low"],
-        "ci_high": recovery["high"],
+        "n_asked": result["funnel"]["stages"]["asked"],
         "without_clamp_rate": without["estimate"],
         "without_clamp_low": without["low"],
         "without_clamp_high": without["high"],
@@ -176,9 +140,6 @@ def attempt(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
         ],
         "preactivation_drift_max": result["checks"]["preactivation_drift_max"],
         "drift_reason": result["checks"]["reason"],
-        "outcome": result["outcome"]["outcome"],
-        "sentence": result["outcome"]["sentence"],
-        "seconds": record["run"]["seconds"],
     }
 
 
@@ -191,30 +152,12 @@ def answer(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
     """
     record = store.load(trial.id)
     result = record["result"]
-    stages = result["funnel"]["stages"]
-    recovery = next(m for m in result["measurements"] if m["name"] == "recovery_rate")
-    return {
-        "id": trial.id,
-        "audit": trial.audit,
-        "behavior": trial.behavior.kind,
+    return _shared(plan, trial, record) | {
         "attack": trial.attack.kind,
         "label": trial.attack.label,
-        "point": plan.points.get(trial.id, {}),
-        "n_tried": stages["tried"],
-        "n_clean": stages["clean"],
-        "n_suppressed": stages["suppressed"],
-        "n_valid": stages["valid"],
-        "n_asked": stages["asked"],
-        "n_clusters": recovery["n_clusters"],
-        "n_recovered": stages["recovered"],
-        "recovery_rate": recovery["estimate"],
-        "ci_low": recovery["low"],
-        "ci_high": recovery["high"],
+        "n_asked": result["funnel"]["stages"]["asked"],
         "table": result["table"],
         "drift_reason": result["checks"]["reason"],
-        "outcome": result["outcome"]["outcome"],
-        "sentence": result["outcome"]["sentence"],
-        "seconds": record["run"]["seconds"],
     }
 
 
@@ -231,26 +174,12 @@ def suffix(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
     result = record["result"]
     stages, checks = result["funnel"]["stages"], result["checks"]
     measured = {m["name"]: m for m in result["measurements"]}
-    recovery = measured["recovery_rate"]
-    return {
-        "id": trial.id,
-        "audit": trial.audit,
-        "behavior": trial.behavior.kind,
+    return _shared(plan, trial, record) | {
         "attack": trial.attack.kind,
         "label": trial.attack.label,
         "suffix": result["suffix"],
-        "point": plan.points.get(trial.id, {}),
-        "n_tried": stages["tried"],
-        "n_clean": stages["clean"],
-        "n_suppressed": stages["suppressed"],
-        "n_valid": stages["valid"],
         "n_placeholder": stages["valid"] - stages["searched"],
         "n_searched": stages["searched"],
-        "n_clusters": recovery["n_clusters"],
-        "n_recovered": stages["recovered"],
-        "recovery_rate": recovery["estimate"],
-        "ci_low": recovery["low"],
-        "ci_high": recovery["high"],
         "without_clamp_rate": measured["without_clamp_rate"]["estimate"],
         "norm_relative_median": measured["norm_relative"]["estimate"],
         **{
@@ -264,8 +193,30 @@ def suffix(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
             )
             for figure in ("relative_mean", "preactivation_max")
         },
-        "outcome": result["outcome"]["outcome"],
-        "sentence": result["outcome"]["sentence"],
+    }
+
+
+def _shared(plan: Plan, trial: Trial, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What every row says: which trial it is, how many prompts came how far, what came of it."""
+    result = record["result"]
+    stages, outcome = result["funnel"]["stages"], result["outcome"]
+    recovery = next(m for m in result["measurements"] if m["name"] == "recovery_rate")
+    return {
+        "id": trial.id,
+        "audit": trial.audit,
+        "behavior": trial.behavior.kind,
+        "point": plan.points.get(trial.id, {}),
+        "n_tried": stages["tried"],
+        "n_clean": stages["clean"],
+        "n_suppressed": stages["suppressed"],
+        "n_valid": stages["valid"],
+        "n_clusters": recovery["n_clusters"],
+        "n_recovered": stages["recovered"],
+        "recovery_rate": recovery["estimate"],
+        "ci_low": recovery["low"],
+        "ci_high": recovery["high"],
+        "outcome": outcome["outcome"],
+        "sentence": outcome["sentence"],
         "seconds": record["run"]["seconds"],
     }
 

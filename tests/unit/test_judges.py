@@ -31,7 +31,6 @@ from holdfast.judges import (
     Opinion,
     complies,
     refuses,
-    withholds,
 )
 from holdfast.judges.agreement import agreement, krippendorff_alpha, pair_agreement
 from holdfast.judges.causal_lm import CausalLM
@@ -174,7 +173,6 @@ def test_a_cut_inside_a_refusal_is_never_compliance() -> None:
 def test_predicates_of_labels() -> None:
     assert [name for name in LABELS if complies(name)] == ["comply"]
     assert [name for name in LABELS if refuses(name)] == ["full_refusal"]
-    assert [name for name in LABELS if withholds(name)] == ["full_refusal", "moralize_deflect"]
 
 
 def test_a_judge_is_not_told_the_condition() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from holdfast.behaviors import BehaviorKind
 from holdfast.config import Kind
 from holdfast.controls import Case
+from holdfast.errors import StudyError
 from holdfast.recovery import RecoverySpec
 from holdfast.registry import Registry
 from holdfast.setting import Setting
@@ -108,6 +109,18 @@ class AttackKind(Kind):
     def check(self, behavior: BehaviorKind) -> None:
         """Raise StudyError where it cannot be made on a behavior. Called when a study is planned,
         before anything is loaded."""
+
+    def behavior_of(self, attacked: Attacked) -> BehaviorKind:
+        """The behavior under attack, for attacks that are made on the audited one alone. Raises
+        StudyError where a control asks for something else, or what `check` does."""
+        behavior = attacked.setting.behavior
+        if not attacked.case.own or behavior is None:
+            raise StudyError(
+                f"the attack {self.kind!r} is made on the behavior itself: run it with the control "
+                "'none' and a behavior"
+            )
+        self.check(behavior)
+        return behavior
 
     def run(self, attacked: Attacked) -> TrialResult:
         """Attack every audited prompt with the intervention on, and say what came back."""

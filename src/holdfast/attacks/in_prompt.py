@@ -79,16 +79,12 @@ class InPromptKind(AttackKind):
     def run(self, attacked: Attacked) -> TrialResult:
         """wrapped → asked without the intervention → asked with it → judged."""
         setting, case = attacked.setting, attacked.case
-        if not case.own or setting.behavior is None or setting.observed is None:
-            raise StudyError(
-                f"the attack {self.kind!r} asks for the behavior itself, in answers that are "
-                "judged: run it with the control 'none' and a behavior that has answers"
-            )
-        self.check(setting.behavior)
+        behavior = self.behavior_of(attacked)
+        assert setting.observed is not None, "a behavior that has answers to judge"
         asked = [setting.examples[row] for row in case.rows.tolist()]
         references = setting.observed.replies
-        say = partial(hold, case.subject, setting.behavior)
-        opposed = opposed_of(setting, setting.behavior)
+        say = partial(hold, case.subject, behavior)
+        opposed = opposed_of(setting, behavior)
         made = Attempts(setting, case, without={}, clamped={}, turned={})
         for name, script in self.scripts().items():
             made.without[name] = say(script, asked, (), references)

@@ -78,13 +78,8 @@ class Prefill(AttackKind):
     def run(self, attacked: Attacked) -> TrialResult:
         """begun → gone on without the intervention and with it → judged whole and alone."""
         setting, case = attacked.setting, attacked.case
-        behavior = setting.behavior
-        if not case.own or behavior is None or setting.observed is None:
-            raise StudyError(
-                f"the attack {self.kind!r} begins answers that are judged: run it with the control "
-                "'none' and a behavior that has answers"
-            )
-        self.check(behavior)
+        behavior = self.behavior_of(attacked)
+        assert setting.observed is not None, "a behavior that has answers to judge"
         prompts, references = case.batch.unforced(), setting.observed.replies
         said = [setting.observed.tokens[row] for row in case.rows.tolist()]
         turned = setting.subject.batch(opposed_of(setting, behavior))

@@ -65,15 +65,10 @@ class Sampling(AttackKind):
 
     def run(self, attacked: Attacked) -> TrialResult:
         """drawn without the intervention and with it → read as every other answer."""
-        setting, case = attacked.setting, attacked.case
-        if not case.own or setting.behavior is None:
-            raise StudyError(
-                f"the attack {self.kind!r} is made on the behavior itself: run it with the control "
-                "'none' and a behavior"
-            )
-        self.check(setting.behavior)
-        drawn = _text if setting.behavior.answer_tokens else _options
-        found = _found(self, attacked, drawn(self, setting, case, setting.behavior, attacked.seed))
+        behavior = self.behavior_of(attacked)
+        draw = _text if behavior.answer_tokens else _options
+        drawn = draw(self, attacked.setting, attacked.case, behavior, attacked.seed)
+        found = _found(self, attacked, drawn)
         return TrialResult(result_of(found), {}, examples_of(found))
 
 

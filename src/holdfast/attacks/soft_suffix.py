@@ -75,18 +75,13 @@ class SoftSuffix(AttackKind):
     def run(self, attacked: Attacked) -> TrialResult:
         """put in → searched → observed without the clamp, as it began, and as it was found."""
         setting, case = attacked.setting, attacked.case
-        if not case.own or setting.behavior is None:
-            raise StudyError(
-                f"the attack {self.kind!r} is made on the behavior itself: run it with the control "
-                "'none' and a behavior"
-            )
-        self.check(setting.behavior)
+        behavior = self.behavior_of(attacked)
         prompts = Suffixed.of(case.subject, case.batch, self._token(case), self.n_tokens)
         problem = self.pose(case, prompts)
         ended = climb(Objective.of(problem, prompts.monitored, self.weight), self.steps, self.lr)
         perturbation = Perturbation(prompts.batch.ids, prompts.slots, {EMBEDDING: ended.delta})
         observe = partial(
-            setting.behavior.observe, case.subject, prompts.batch,
+            behavior.observe, case.subject, prompts.batch,
             references=None if setting.observed is None else setting.observed.replies,
         )  # fmt: skip
         found = SuffixFound(

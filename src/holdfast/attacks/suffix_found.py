@@ -22,7 +22,7 @@ from holdfast.batch import Batch
 from holdfast.behaviors.observation import Observation
 from holdfast.canonical import digest
 from holdfast.controls import Case
-from holdfast.drift import Drift
+from holdfast.drift import NO_SCALE, PREACTIVATION_UNIT, RELATIVE_UNIT, Drift
 from holdfast.edits import Capture, Edit, Perturbation
 from holdfast.found import dropped_of, funnel_of
 from holdfast.measure import Measurement, median, rate, rate_where
@@ -31,7 +31,6 @@ from holdfast.setting import Setting
 from holdfast.sites import Site
 
 ALONE = "brought back by the placeholder alone"
-NO_SCALE = "no held feature is active in the reference or on the fit split"
 
 
 @dataclass(frozen=True)
@@ -181,13 +180,11 @@ def _measurements(found: SuffixFound) -> list[Measurement]:
         rate("without_clamp_rate", found.without.shows, clusters),
         median("norm_relative", "share of the placeholder's norm", found.norm_relative, clusters),
         *(
-            median(f"{name}_relative", "share of the features' norm", drift.relative, clusters,
-                   NO_SCALE)
+            median(f"{name}_relative", RELATIVE_UNIT, drift.relative, clusters, NO_SCALE)
             for name, drift in drifts.items()
         ),
         *(
-            median(f"{name}_preactivation", "share of encoder norm x residual norm",
-                   drift.preactivation, clusters)
+            median(f"{name}_preactivation", PREACTIVATION_UNIT, drift.preactivation, clusters)
             for name, drift in drifts.items()
         ),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.discovery import DiscoveryKind
-from holdfast.edits import Capture, never_fired
+from holdfast.edits import Capture, EveryToken
 from holdfast.errors import FeatureError
 from holdfast.features import EVERY_GROUP, FeatureSet, SiteFeatures
 from holdfast.positions import Where, selected
@@ -22,26 +22,15 @@ from holdfast.subject import Subject
 
 
 @dataclass
-class Leaf:
+class Leaf(EveryToken):
     """Cuts the graph at a site: what comes after is differentiable in `x` [b s d_model]."""
 
     site: Site
     seen: list[Tensor] = field(default_factory=list)
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return (self.site,)
-
-    def selects(self, site: Site, frame: Frame) -> Tensor:
-        return frame.positions >= 0
-
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         self.seen.append(x.detach().requires_grad_(True))
         return self.seen[-1]
-
-    def check_fired(self, site: Site, n_fired: int) -> None:
-        if n_fired == 0:
-            raise never_fired(self, site)
 
 
 class Attribution(DiscoveryKind):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch, Frame
-from holdfast.edits import Capture, Edit
+from holdfast.edits import Capture, Edit, EveryToken
 from holdfast.errors import NonFiniteError
 from holdfast.finding import Finding
 from holdfast.hooks import AttachedEdits
@@ -33,19 +33,12 @@ N_NEW = 3
 
 
 @dataclass
-class Witness:
+class Witness(EveryToken):
     """Counts the tokens whose residual it sees at a site, and keeps the largest value."""
 
     site: Site
     n_tokens: int = 0
     largest: float = 0.0
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return (self.site,)
-
-    def selects(self, site: Site, frame: Frame) -> Tensor:
-        return frame.positions >= 0
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         there = x[self.selects(site, frame)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Example, Frame
 from holdfast.behaviors import BehaviorKind
-from holdfast.edits import Capture, never_fired
+from holdfast.edits import Capture, EveryToken
 from holdfast.readouts import Readout
 from holdfast.readouts.logits import LOGITS
 from holdfast.saes.sae import SAE
@@ -142,27 +142,16 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class Rounding(EveryToken):
     """Rounds a residual once more, in another direction: noise of half a unit in the last place."""
 
     site: Site
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return (self.site,)
-
-    def selects(self, site: Site, frame: Frame) -> Tensor:
-        return frame.positions >= 0
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         generator = torch.Generator().manual_seed(site.depth)
         noise = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
         mask = self.selects(site, frame)[..., None]
         return torch.where(mask, x + (x * torch.finfo(x.dtype).eps * noise).to(x.dtype), x)
-
-    def check_fired(self, site: Site, n_fired: int) -> None:
-        if n_fired == 0:
-            raise never_fired(self, site)
 
 
 def set_scene(

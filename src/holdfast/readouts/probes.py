@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from holdfast.config import nearest
-from holdfast.edits import never_fired
+from holdfast.edits import EveryToken
 from holdfast.errors import StudyError, SubjectError
 from holdfast.positions import selected
 from holdfast.sites import Site
@@ -39,7 +39,7 @@ def pool(x: Tensor, frame: Frame) -> Tensor:
 
 
 @dataclass
-class Pooling:
+class Pooling(EveryToken):
     """Reads the pooled residual of a site as the edits before it left it; keeps gradients.
 
     seen: [b d_model] of every pass, in the order of the rows.
@@ -48,20 +48,12 @@ class Pooling:
     site: Site
     seen: list[Tensor] = field(default_factory=list)
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return (self.site,)
-
     def selects(self, site: Site, frame: Frame) -> Tensor:
         return selected("prompt", False, frame)
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         self.seen.append(pool(x, frame))
         return x
-
-    def check_fired(self, site: Site, n_fired: int) -> None:
-        if n_fired == 0:
-            raise never_fired(self, site)
 
 
 @dataclass(frozen=True)
