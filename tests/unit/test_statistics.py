@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from holdfast.statistics import (
     Interval,
+    Resampling,
     bootstrap,
     clustered_rate,
     crossed_bootstrap,
@@ -165,7 +166,7 @@ def test_bootstrap_agrees_with_scipy(statistic: str) -> None:
     reference = scipy.stats.bootstrap(
         (values,), function, n_resamples=20_000, method="percentile", rng=1
     ).confidence_interval
-    got = bootstrap(values, statistic, n_resamples=20_000)  # type: ignore[arg-type]
+    got = bootstrap(values, statistic, resampling=Resampling(20_000))  # type: ignore[arg-type]
     assert got.estimate == pytest.approx(function(values), abs=1e-12)
     # The ends of 20,000 resamples scatter by about 2 % of the width.
     assert_allclose(bounds(got), reference, atol=0.05 * width(got))
@@ -173,14 +174,14 @@ def test_bootstrap_agrees_with_scipy(statistic: str) -> None:
 
 @pytest.mark.parametrize("statistic", ["mean", "median"])
 def test_a_resample_is_what_numpy_makes_of_the_repeated_rows(statistic: str) -> None:
-    from holdfast import statistics
+    from holdfast import resampling
 
     rng = np.random.default_rng(0)
     values, units = rng.normal(size=30), rng.integers(7, size=30)
     units[:7] = np.arange(7)
     weights = rng.integers(0, 3, size=(50, 7))
     weights[:, 0] += 1
-    make = {"mean": statistics._mean_of, "median": statistics._median_of}[statistic]
+    make = {"mean": resampling._mean_of, "median": resampling._median_of}[statistic]
     function = {"mean": np.mean, "median": np.median}[statistic]
     expected = [function(np.repeat(values, row[units])) for row in weights]
     assert_allclose(make(values, units)(weights), expected, atol=1e-12)
@@ -212,7 +213,7 @@ def test_the_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
     for _ in range(300):
         per_cluster = rng.normal(size=25)
         values = np.repeat(per_cluster, 4) + 0.3 * rng.normal(size=100)
-        got = bootstrap(values, clusters=np.repeat(np.arange(25), 4), n_resamples=400)
+        got = bootstrap(values, clusters=np.repeat(np.arange(25), 4), resampling=Resampling(400))
         hits += got.low <= 0 <= got.high
     assert 0.88 <= hits / 300 <= 0.98  # the percentile interval of 25 units is a little short
 
@@ -220,13 +221,13 @@ def test_the_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
 def test_the_bootstrap_is_reproducible_and_its_seed_matters() -> None:
     values = np.random.default_rng(0).normal(size=30)
     assert bootstrap(values) == bootstrap(values)
-    assert bounds(bootstrap(values)) != bounds(bootstrap(values, seed=1))
+    assert bounds(bootstrap(values)) != bounds(bootstrap(values, resampling=Resampling(seed=1)))
 
 
 def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=30)
     whole = bootstrap(values, "median")
-    monkeypatch.setattr("holdfast.statistics._MAX_ENTRIES", 1000)
+    monkeypatch.setattr("holdfast.resampling._MAX_ENTRIES", 1000)
     assert bootstrap(values, "median") == whole
 
 
@@ -265,7 +266,7 @@ def test_mismatched_lengths_are_refused() -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40))
 def test_the_bounds_of_a_mean_lie_among_the_values(values: list[float]) -> None:
-    got = bootstrap(values, n_resamples=200)
+    got = bootstrap(values, resampling=Resampling(200))
     slack = 1e-9 * max(1.0, *map(abs, values))
     assert min(values) - slack <= got.low <= got.high <= max(values) + slack
 
@@ -322,7 +323,10 @@ COSTS = st.one_of(st.floats(1e-3, 1e3), st.just(INF))
 @given(st.lists(st.tuples(COSTS, COSTS), min_size=1, max_size=25))
 def test_exchanging_the_sides_inverts_the_ratio(pairs: list[tuple[float, float]]) -> None:
     a, b = np.array(pairs).T
-    got, swapped = paired_ratio(a, b, n_resamples=200), paired_ratio(b, a, n_resamples=200)
+    got, swapped = (
+        paired_ratio(a, b, resampling=Resampling(200)),
+        paired_ratio(b, a, resampling=Resampling(200)),
+    )
     with np.errstate(divide="ignore"):
         assert_allclose(1 / np.float64(got.estimate), swapped.estimate, rtol=1e-9)
         assert_allclose(1 / np.array(bounds(got)), bounds(swapped)[::-1], rtol=1e-9)
