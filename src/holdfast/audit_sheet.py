@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from holdfast.atomic import write_atomic
 from holdfast.canonical import canonical_json, digest
 from holdfast.config import Config, nearest
 from holdfast.errors import SheetError
@@ -23,7 +24,6 @@ from holdfast.judges import LABELS, Label
 from holdfast.judges.agreement import Agreement, agreement
 from holdfast.reply import Reply
 from holdfast.spreadsheet import read_table, table_bytes
-from holdfast.store import write_atomic
 
 ANSWERS = ("label", "label_2", "adjudicated")
 """Columns for the first annotator, the second, and what they settled on where they differ."""

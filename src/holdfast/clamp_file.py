@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from holdfast.atomic import write_atomic
 from holdfast.canonical import canonical_json
 from holdfast.config import Config
 from holdfast.edits import MODES, Edit, FeatureEdit
@@ -33,7 +34,6 @@ from holdfast.positions import Where
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.inputs import Inputs
 from holdfast.sites import Site
-from holdfast.store import write_atomic
 from holdfast.subject import Subject, _device_of
 from holdfast.trial import SubjectIdentity
 

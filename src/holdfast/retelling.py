@@ -19,7 +19,8 @@ from holdfast.executor import Runtime, load_lab, threads_for
 from holdfast.planning import Plan, plan
 from holdfast.reply import Reply, printable
 from holdfast.sites import Site
-from holdfast.store import STUDY_TEXT, RunFolder
+from holdfast.store import RunFolder
+from holdfast.stored_study import STUDY_TEXT
 from holdfast.study import parse
 from holdfast.summary import headline
 from holdfast.trial import Trial

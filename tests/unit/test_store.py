@@ -19,9 +19,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.atomic import write_atomic
 from holdfast.canonical import SCHEMA, canonical_json, digest, sha256_file, sha256_tree, trial_id
 from holdfast.errors import DamagedRecordError, ForeignRunError, RunLockedError, StoreError
-from holdfast.store import RunFolder, json_safe, write_atomic
+from holdfast.store import RunFolder
+from holdfast.strict_json import json_safe
 
 STUDY = {"name": "demo", "seed": 0, "audits": [{"name": "ioi", "value": -5.0}]}
 TEXT = 'name = "demo"  # with a comment\n'

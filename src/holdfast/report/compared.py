@@ -10,12 +10,12 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from holdfast.atomic import write_atomic
 from holdfast.compare import Comparison, Contrast, Pair, Value
 from holdfast.config import Config
 from holdfast.errors import CompareError
 from holdfast.published.beside import Beside, PublishedComparison
 from holdfast.report.wording import NOTHING, arm_name, norm, norm_range, percent, power
-from holdfast.store import write_atomic
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from holdfast.atomic import write_atomic
 from holdfast.planning import Plan
 from holdfast.report import (
     answers,
@@ -41,7 +42,7 @@ from holdfast.report import (
 )
 from holdfast.report.data import AuditData, ReportData, Texts, gather
 from holdfast.report.picture import draw
-from holdfast.store import RunFolder, write_atomic
+from holdfast.store import RunFolder
 
 SECTIONS = (
     verdicts, preflight, funnel, norms, forcing, path, heads, generality, sweeps, error_term,

@@ -11,13 +11,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from holdfast.atomic import write_atomic
 from holdfast.grid import describe
 from holdfast.planning import Plan
 from holdfast.report.data import LEAK, Arm, AuditData, ReportData, gather
 from holdfast.report.figures import ARM_COLORS, CONSTRAINT_COLORS, color_of, jitter
 from holdfast.report.verdicts import MARKS
 from holdfast.report.wording import arm_name, norm, power, superscript
-from holdfast.store import RunFolder, write_atomic
+from holdfast.store import RunFolder
 
 TOP, BOTTOM = 94, 56
 """Room for the titles and for the axes, in pixels."""

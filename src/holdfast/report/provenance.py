@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.report.data import ReportData
 from holdfast.report.section import Section
 from holdfast.report.wording import arm_name
-from holdfast.store import json_safe
+from holdfast.strict_json import json_safe
 
 
 def section(data: ReportData) -> Section:
