@@ -1,33 +1,29 @@
-"""What a trial found, as plain numbers: the result of its record, and a row for every prompt."""
+"""What a trial found, as plain numbers: the result of its record."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.behaviors.observation import Observation
-from holdfast.canonical import digest
 from holdfast.checks import Checks
 from holdfast.constraints import Promise
 from holdfast.controls import Case
 from holdfast.drift import NO_SCALE, PREACTIVATION_UNIT, RELATIVE_UNIT
+from holdfast.funnel import funnel_of
 from holdfast.measure import Measurement, median, rate, rate_where, relative
 from holdfast.paths import Paths
 from holdfast.problem import Problem
 from holdfast.recovery import SENTENCES, Recovery, summary_of
 from holdfast.regain import Regained
 from holdfast.saes.sae import Guarantee
-from holdfast.second_opinions import labels_of, opinions_of, rates_of
+from holdfast.second_opinions import opinions_of, rates_of
 from holdfast.setting import Setting
 from holdfast.strata import by_depth
 from holdfast.unclamped import NOT_AHEAD, Unclamped
-
-BROKEN = ("degenerate", "empty")
-"""Labels of a reply that says nothing."""
 
 _UNITS = {
     "clean_answer_nll": "nats a token",
@@ -61,47 +57,6 @@ class Found:
     regained: Regained
     paths: Paths | None = None
     bare: Unclamped | None = None
-
-
-def funnel_of(setting: Setting, case: Case, recovered: Tensor | None) -> dict[str, Any]:
-    """How many prompts reached each stage, and why the others did not."""
-    stages = {
-        "tried": len(setting.test),
-        "clean": int(setting.clean.sum()),
-        "suppressed": int(setting.suppressed.sum()),
-        "valid": len(case.rows),
-    }
-    if recovered is not None:
-        stages["recovered"] = int(recovered.sum())
-    reasons: dict[str, int] = {}
-    for reason in dropped_of(setting, case).values():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    funnel = {"stages": stages, "dropped": reasons, "splits": setting.sizes}
-    collapsed = collapsed_of(setting)
-    return funnel if collapsed is None else funnel | {"collapsed": collapsed}
-
-
-def collapsed_of(setting: Setting) -> int | None:
-    """How many prompts the intervention only broke: the clean model shows the behavior, and the
-    reply under the clamp is degenerate or empty. That is no suppression, so none of them is valid
-    (METHODS B). None where nothing is read from text."""
-    if setting.changed is None:
-        return None
-    broken = [label in BROKEN for label in setting.changed.labels]
-    return int((setting.clean & torch.as_tensor(broken, device=setting.clean.device)).sum())
-
-
-def dropped_of(setting: Setting, case: Case) -> dict[str, str]:
-    """Example id → why it is not audited."""
-    dropped = dict(case.dropped)
-    for row, example in enumerate(setting.test.ids):
-        if not setting.clean[row]:
-            seen = "" if setting.observed is None else f": {setting.observed.labels[row]}"
-            dropped[example] = f"the clean model does not show the behavior{seen}"
-        elif not setting.suppressed[row]:
-            seen = "" if setting.changed is None else f": {setting.changed.labels[row]}"
-            dropped[example] = f"the intervention does not suppress it{seen}"
-    return dropped
 
 
 def result_of(found: Found) -> dict[str, Any]:
@@ -283,101 +238,11 @@ _READ = (
 )  # fmt: skip
 """Checks that summaries read of every trial; None where nothing was searched."""
 
-_COLUMNS = (
-    *(f.name for f in fields(Checks)), "smallest_norm", "smallest_norm_relative",
-    "closed_form_norm", "goal", "steps", "lane_steps", "margin_other_order", "margin_unclamped",
-)  # fmt: skip
-
-
-def unsearched_examples(setting: Setting, case: Case) -> list[dict[str, Any]]:
-    """A row for every prompt of the test split, none of them audited."""
-    dropped = dropped_of(setting, case)
-    return [_example(setting, index, dropped) for index in range(len(setting.test))]
-
-
-def _example(setting: Setting, index: int, dropped: dict[str, str]) -> dict[str, Any]:
-    """The row of a prompt that was not audited: NaN and empty text where a search would say."""
-    example = setting.test.ids[index]
-    return {
-        "id": example,
-        "cluster": setting.test.clusters[index],
-        "group": setting.test.groups[index],
-        "text_sha256": digest(setting.test.texts[index]),
-        **setting.manifest(index),
-        "clean_margin": float(setting.clean_margin[index]),
-        "suppressed_margin": float(setting.suppressed_margin[index]),
-        "dropped": dropped.get(example, ""),
-        "outcome": "",
-        "recovered": False,
-        "clean_label": _label(setting.observed, index),
-        "suppressed_label": _label(setting.changed, index),
-        "spliced": _spliced(setting, index),
-        "recovered_label": "",
-        "clean_sha256": _sha256(setting.observed, index),
-        "suppressed_sha256": _sha256(setting.changed, index),
-        "recovered_sha256": "",
-        **labels_of(setting.observed, "clean", index),
-        **labels_of(setting.changed, "suppressed", index),
-        "drift_generated": float("nan"),
-        **dict.fromkeys(_COLUMNS, float("nan")),
-    }
-
-
-def examples_of(found: Found) -> list[dict[str, Any]]:
-    """A row for every prompt of the test split; NaN and empty text where it was not audited.
-
-    It is the trial's manifest too. Replies are in it by label and hash, never by text.
-    """
-    setting, case, problem, recovery = found.setting, found.case, found.problem, found.recovery
-    checks, regained = found.checks, found.regained
-    columns = {f.name: getattr(checks, f.name) for f in fields(Checks)}
-    columns["smallest_norm"] = recovery.smallest_norm
-    columns["smallest_norm_relative"] = recovery.smallest_norm / problem.reference_norm
-    columns["closed_form_norm"] = recovery.closed_form.norm
-    columns["goal"] = problem.goal
-    columns["margin_other_order"] = found.turned
-    columns |= regained.measured
-    if found.bare is not None:
-        columns["margin_unclamped"] = found.bare.margin
-    columns["steps"] = recovery.steps.double()
-    columns["lane_steps"] = recovery.lane_steps.double()
-    if found.paths is not None:
-        columns |= found.paths.laid(len(case.rows))
-    blank = dict.fromkeys(columns, float("nan")) | labels_of(regained.seen, "recovered", None)
-    rows = [row | blank for row in unsearched_examples(setting, case)]
-    row_of = {row["id"]: row for row in rows}
-    for index, example in enumerate(case.batch.ids):
-        row_of[example] |= {
-            "outcome": recovery.outcomes[index],
-            "recovered": bool(regained.recovered[index]),
-            "recovered_label": regained.label(index),
-            "recovered_sha256": _sha256(regained.seen, index),
-            **labels_of(regained.seen, "recovered", index),
-            "drift_generated": float(regained.drift[index]),
-            **{name: float(values[index]) for name, values in columns.items()},
-        }
-    return rows
-
 
 def _largest(values: Tensor) -> float:
     """The largest finite value; NaN if there is none."""
     known = values[values.isfinite()]
     return float(known.max()) if len(known) else float("nan")
-
-
-def _spliced(setting: Setting, row: int) -> float:
-    """1 if the behavior is there with the SAEs in place alone, 0 if not; NaN where that is no
-    change."""
-    return float("nan") if setting.spliced is None else float(setting.spliced[row])
-
-
-def _label(seen: Observation | None, row: int) -> str:
-    return "" if seen is None else seen.labels[row]
-
-
-def _sha256(seen: Observation | None, row: int) -> str:
-    """The hash of a reply, which is all that is stored of it."""
-    return "" if seen is None else seen.replies[row].sha256
 
 
 def weakest(problem: Problem) -> Guarantee:

@@ -22,8 +22,10 @@ from holdfast.config import Config
 from holdfast.controls import Case, Control
 from holdfast.discovery import Discovery
 from holdfast.errors import EmptyValidSetError, StudyError
-from holdfast.found import funnel_of, unsearched, unsearched_examples
+from holdfast.found import unsearched
+from holdfast.funnel import funnel_of
 from holdfast.interventions import Intervention
+from holdfast.prompt_rows import unsearched_examples
 from holdfast.recovery import RecoverySpec
 from holdfast.setting import Data, Setting, prepare
 from holdfast.subject import Subject

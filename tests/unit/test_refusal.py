@@ -22,7 +22,7 @@ from holdfast.discovery.attribution import Attribution
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.errors import ContextError, EmptyValidSetError
 from holdfast.features import FeatureSet
-from holdfast.found import collapsed_of, funnel_of
+from holdfast.funnel import collapsed_of, funnel_of
 from holdfast.interventions.clamp import Clamp
 from holdfast.judges import complies, refuses
 from holdfast.loading import SubjectSpec

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from holdfast.canonical import digest
 from holdfast.controls import Case
-from holdfast.found import dropped_of, funnel_of
+from holdfast.funnel import dropped_of, funnel_of
 from holdfast.measure import Measurement, rate_where
+from holdfast.prompt_rows import prompt_of
 from holdfast.setting import Setting
 
 NOTHING_ADDED = "nothing is added to the residual stream: what moves is what other tokens move"
@@ -105,10 +105,7 @@ def examples_of(found: AnswersFound) -> list[dict[str, Any]]:
     for index, example in enumerate(setting.test.ids):
         at = audited.get(example)
         own = {
-            "id": example,
-            "cluster": setting.test.clusters[index],
-            "group": setting.test.groups[index],
-            "text_sha256": digest(setting.test.texts[index]),
+            **prompt_of(setting, index),
             "dropped": dropped.get(example, ""),
             "arm": "",
             "asked": at is not None and bool(found.asked[at]),

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from holdfast.attacks.conversation import Held
 from holdfast.attacks.opposed import NONE_OPPOSED
-from holdfast.canonical import digest
 from holdfast.controls import Case
-from holdfast.found import dropped_of, funnel_of
+from holdfast.funnel import dropped_of, funnel_of
 from holdfast.measure import Measurement, rate
+from holdfast.prompt_rows import prompt_of
 from holdfast.setting import Setting
 
 NOTHING_MOVED = (
@@ -200,10 +200,7 @@ def examples_of(made: Attempts) -> list[dict[str, Any]]:
     rows = []
     for index, example in enumerate(setting.test.ids):
         own = {
-            "id": example,
-            "cluster": setting.test.clusters[index],
-            "group": setting.test.groups[index],
-            "text_sha256": digest(setting.test.texts[index]),
+            **prompt_of(setting, index),
             "dropped": dropped.get(example, ""),
             "clean_label": setting.observed.labels[index] if setting.observed else "",
             "suppressed_label": setting.changed.labels[index] if setting.changed else "",

@@ -15,11 +15,12 @@ from holdfast.batch import Batch
 from holdfast.controls import Case
 from holdfast.edits import Perturbation
 from holdfast.errors import StudyError
-from holdfast.found import Found, examples_of, result_of
+from holdfast.found import Found, result_of
 from holdfast.generality import between_orders
 from holdfast.paths import follow
 from holdfast.positions import check_possible, selected
 from holdfast.problem import Problem
+from holdfast.prompt_rows import examples_of
 from holdfast.recovery import Recovery, RecoverySpec, recover_together
 from holdfast.regain import regain
 from holdfast.replay import Replay

@@ -20,13 +20,13 @@ from holdfast.attacks.suffix_search import Ended
 from holdfast.attacks.suffixed import Suffixed
 from holdfast.batch import Batch
 from holdfast.behaviors.observation import Observation
-from holdfast.canonical import digest
 from holdfast.controls import Case
 from holdfast.drift import NO_SCALE, PREACTIVATION_UNIT, RELATIVE_UNIT, Drift
 from holdfast.edits import Capture, Edit, Perturbation
-from holdfast.found import dropped_of, funnel_of
+from holdfast.funnel import dropped_of, funnel_of
 from holdfast.measure import Measurement, median, rate, rate_where
 from holdfast.problem import Problem
+from holdfast.prompt_rows import prompt_of
 from holdfast.setting import Setting
 from holdfast.sites import Site
 
@@ -229,10 +229,7 @@ def examples_of(found: SuffixFound) -> list[dict[str, Any]]:
         row = audited.get(example)
         rows.append(
             {
-                "id": example,
-                "cluster": setting.test.clusters[index],
-                "group": setting.test.groups[index],
-                "text_sha256": digest(setting.test.texts[index]),
+                **prompt_of(setting, index),
                 "dropped": dropped.get(example, ""),
                 "clean_margin": float(setting.clean_margin[index]),
                 "suppressed_margin": float(setting.suppressed_margin[index]),
