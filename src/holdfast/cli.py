@@ -5,7 +5,6 @@ Imports stay inside the commands, so that `holdfast --help` answers at once.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -383,6 +382,7 @@ def _run(
     workers: int,
     despite_faults: bool,
 ) -> None:
+    from holdfast.command_line import told
     from holdfast.executor import Runtime
     from holdfast.planning import plan
     from holdfast.report import write_report
@@ -391,8 +391,7 @@ def _run(
 
     planned = plan(study)
     folder = out or default_folder(planned)
-    command = shlex.join(["holdfast", *sys.argv[1:]])
-    runtime = Runtime(device, batch_size, workers, command, despite_faults)
+    runtime = Runtime(device, batch_size, workers, told(sys.argv[1:]), despite_faults)
     with progress(planned, despite_faults) as watcher:
         done: RunReport = run_study(planned, folder, runtime, text, watcher)
     results_table(done.summary)

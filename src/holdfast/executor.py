@@ -42,7 +42,8 @@ class Runtime:
 
     batch_size: most rows at once, 0 to find them from memory (`batching.py`). workers: stacks of
     trials side by side, 0 for as many as there are cores if all subjects are small and on the CPU,
-    else one. command: what repeats the run, for the record.
+    else one. command: what repeats the run, for the record, without folders of the machine
+    (`command_line.py`).
     despite_faults: go on where preflight finds what makes results wrong.
     """
 

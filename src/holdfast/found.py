@@ -123,6 +123,12 @@ def result_of(found: Found) -> dict[str, Any]:
     return {
         "funnel": funnel_of(setting, case, recovered),
         "outcome": summary_of(recovery.outcomes),
+        "search": {
+            "steps_min": int(recovery.steps.min()),
+            "steps_max": int(recovery.steps.max()),
+            "lane_steps_min": int(recovery.lane_steps.min()),
+            "lane_steps_max": int(recovery.lane_steps.max()),
+        },
         "measurements": [m.model_dump(mode="json") for m in measurements],
         "checks": {
             "preactivation_drift_max": float(checks.preactivation_drift.max()),

@@ -23,6 +23,8 @@ MAX_OVER_FLOOR = 1.5
 """Largest mean drift, in units of what rounding to the model's precision alone makes, that counts
 as rounding in a lower one."""
 
+HARDER = "longer searches from other starts changed nothing"
+
 CAVEAT = "ignorant"
 """A control in another model, whose costs are not strictly comparable: it qualifies a verdict."""
 
@@ -146,8 +148,8 @@ def judge(
             return Judgement(
                 verdict="held",
                 sentence=(
-                    f"none of {n} prompts was recovered inside this constraint and budget, and "
-                    "longer searches from other starts changed nothing"
+                    f"none of {n} prompts was recovered inside this constraint and budget"
+                    + (f", and {HARDER}" if _searched_harder(record) else "")
                 ),
                 separations=tuple(separations),
             )
@@ -192,6 +194,16 @@ def judge(
     if said := record["result"].get("caveat"):
         why += f"; {said}"
     return Judgement(verdict=verdict, sentence=found + why, separations=tuple(separations))
+
+
+def _searched_harder(record: Mapping[str, Any]) -> bool:
+    """Whether the record shows that every prompt was searched for longer than in the first attempt,
+    and from more starts than one."""
+    done = record["result"].get("search")  # records of earlier versions have none
+    if done is None:
+        return False
+    longer = done["steps_min"] > record["trial"]["recovery"]["steps"]
+    return bool(longer and done["lane_steps_min"] > done["steps_min"])
 
 
 def _is_rounding(checks: Mapping[str, Any], drift: float) -> bool:

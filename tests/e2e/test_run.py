@@ -174,6 +174,17 @@ def test_counts_add_up(finished: tuple[Path, Said]) -> None:
             assert example["clean_margin"] > 0 >= example["suppressed_margin"]
 
 
+def test_no_file_says_where_the_study_or_the_run_lies(
+    finished: tuple[Path, Said], study: Path
+) -> None:
+    """Both were given with all their folders; what is kept repeats the run from beside them."""
+    folder, _ = finished
+    for record in records_of(folder).values():
+        assert record["run"]["command"] == f"holdfast run {study.name} --out {folder.name}"
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        assert not [p for p in (study.parent, folder) if str(p).encode() in file.read_bytes()], file
+
+
 # --- The same again -------------------------------------------------------------------------------
 
 
@@ -438,6 +449,7 @@ def test_a_clamp_on_the_only_route_holds(known: Path) -> None:
     assert row["n_valid"] >= 1
     assert (row["verdict"], row["outcome"], row["n_recovered"]) == ("held", "not_recovered", 0)
     assert {e["outcome"] for e in audited(known, row["id"])} == {"not_recovered"}
+    assert row["sentence"].endswith("longer searches from other starts changed nothing")
     assert row["preactivation_drift_max"] <= 1e-6
 
 

@@ -71,6 +71,22 @@ def test_what_is_left_is_missed_and_costs_few_evaluations(sizes: list[float], le
     assert len(calls) <= len(sizes) ** 2 + 4 * len(sizes) + 4
 
 
+def test_each_return_is_compared_with_the_set_as_it_is_by_then() -> None:
+    """METHODS L.2 goes feature by feature, so what is not felt one by one can add up to nearly all;
+    what is felt stays whatever has left before."""
+
+    def even(places: tuple[int, ...]) -> float:
+        return float(len(places))
+
+    assert len(minimal(range(40), even, 1.5)) == 1, "each is 1 of 40, and felt is 1.5"
+    assert minimal(range(40), even, 1.0) == list(range(40)), "what is felt exactly stays"
+
+    def strong(places: tuple[int, ...]) -> float:
+        return even(places) + 10.0 * (7 in places)
+
+    assert minimal(range(40), strong, 1.5) == [7]
+
+
 def ablated(subject: Subject, batch: Batch, ids: Sequence[int]) -> float:
     only = FeatureSet(entries=(SiteFeatures(site=str(SITE), ids=tuple(ids)),), source="")
     edit = FeatureEdit(FeatureBank.of(subject.sae(SITE), only), "set_where_active", 0.0)

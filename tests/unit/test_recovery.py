@@ -328,6 +328,7 @@ def test_a_bottleneck_is_not_recovered_and_the_published_way_reports_a_false_bre
     problem = linear_problem(slopes, -torch.ones(6), torch.ones(6), 8.0)
     exact = recover(problem, RecoverySpec(constraint=EncoderNull(), steps=40), seed=0)
     assert exact.outcomes == ("not_recovered",) * 6
+    assert (exact.steps >= 2 * 40).all() and (exact.lane_steps >= 9 * 40).all(), "what it took"
     leaky = recover(problem, RecoverySpec(constraint=GradientProjection(), steps=40), seed=0)
     assert set(leaky.outcomes) == {"recovered"}
 

@@ -183,6 +183,23 @@ def test_a_twin_that_can_be_forced_as_cheaply_qualifies_a_breach() -> None:
     assert "never knew" not in verdict(dear, dearer, recovered=40).sentence
 
 
+@pytest.mark.parametrize(
+    ("steps", "lane_steps", "harder"),
+    [(20, 130, True), (40, 500, True), (10, 130, False), (20, 20, False)],
+)
+def test_longer_searches_are_claimed_where_the_record_shows_them(
+    steps: int, lane_steps: int, harder: bool
+) -> None:
+    """A prompt that was searched least counts: its steps, and its steps over all starts."""
+    found = record(not_recovered=40)
+    assert "longer" not in judge(RULE, found, ()).sentence, "not shown, not said"
+    found["trial"] = {"recovery": {"steps": 10}}
+    found["result"]["search"] = {"steps_min": steps, "lane_steps_min": lane_steps}
+    judged = judge(RULE, found, ())
+    assert judged.verdict == "held"
+    assert judged.sentence.endswith("longer searches from other starts changed nothing") == harder
+
+
 def test_an_exact_constraint_under_which_features_moved_decides_nothing() -> None:
     """In bfloat16, say: the recovery may have gone through the features that were to be held."""
     found = record(recovered=40)

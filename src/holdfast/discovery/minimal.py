@@ -28,6 +28,10 @@ class Minimal(DiscoveryKind):
     those whose return gives back less than `threshold` of that fall leave the set. It ends when
     none of the rest can go. Of two features that do the same, one stays.
 
+    A return is compared with the set as it is by then, as in L.2, so what leaves adds up: many weak
+    features, each of which is not missed, can take most of the fall along. L.2 asks for the set's
+    effect to be measured again, which an audit does: its clamp is this set, on other prompts.
+
     of: the discovery whose features these are, one set for all prompts.
     """
 
@@ -77,9 +81,9 @@ class Minimal(DiscoveryKind):
 def minimal(order: Sequence[int], effect: Effect, least: float) -> list[int]:
     """The places that stay, ascending, when all whose return is not felt are restored in turn.
 
-    order: which to try first; least: the smallest fall of `effect` that is felt. A block leaves
-    only if all of it together is not felt, so blocks are never bolder than single features whose
-    effects add up.
+    order: which to try first; least: the smallest fall of `effect` that is felt, from what the set
+    does by then. A block leaves only if all of it together is not felt, so blocks are never bolder
+    than single features whose effects add up.
     """
     kept = list(order)
     now = effect(tuple(sorted(kept)))
