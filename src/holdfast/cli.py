@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast import audit_commands
 from holdfast.errors import HoldfastError
+from holdfast.options import (
+    BatchSize,
+    DespiteFaults,
+    Device,
+    Limit,
+    Out,
+    Reveal,
+    Sets,
+    StudyArgument,
+    Workers,
+)
+from holdfast.organism import commands as organism_commands
 
 if TYPE_CHECKING:
     from holdfast.compare import Comparison
@@ -26,47 +39,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-organism_app = typer.Typer(help="The shipped model organism.", no_args_is_help=True)
-app.add_typer(organism_app, name="organism")
-audit_app = typer.Typer(help="What people say of a run's replies.", no_args_is_help=True)
-app.add_typer(audit_app, name="audit")
-
-RunArgument = Annotated[Path, typer.Argument(help="a run's folder")]
-Of = Annotated[
-    str | None, typer.Option("--of", help="an audit, or a trial's id; not needed if there is one")
-]
-Reveal = Annotated[bool, typer.Option("--reveal", help="show prompts and replies, here only")]
-StudyArgument = Annotated[Path, typer.Argument(help="a study file (TOML)")]
-Out = Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/<study>]")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", help="path=value, the value as TOML; repeatable")
-]
-Limit = Annotated[int | None, typer.Option("--limit", help="audit at most this many prompts")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0; auto spreads over all")]
-
-
-def _rows(text: str) -> int:
-    """How many rows `--batch-size` says, 0 for those found from memory."""
-    if text == "auto":
-        return 0
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"expected auto or a whole number from 1, got {text!r}")
-    return int(text)
-
-
-BatchSize = Annotated[
-    int,
-    typer.Option(
-        "--batch-size", parser=_rows, metavar="auto|N",
-        help="most rows in one pass or step; auto finds it from memory",
-    ),
-]  # fmt: skip
-Workers = Annotated[
-    int, typer.Option("--workers", min=0, help="trials side by side; 0 chooses by model and device")
-]
-DespiteFaults = Annotated[
-    bool, typer.Option("--despite-faults", help="go on where preflight finds results to be wrong")
-]
+app.add_typer(organism_commands.app, name="organism")
+app.add_typer(audit_commands.app, name="audit")
 
 
 @app.command()
@@ -302,75 +276,6 @@ def list_(
     from holdfast.terminal import kinds_table
 
     kinds_table(describe(family) if family else [r for f in FAMILIES_OF_KINDS for r in describe(f)])
-
-
-@audit_app.command(name="sheet")
-def audit_sheet(
-    folder: RunArgument,
-    out: Annotated[Path, typer.Option("--out", help="the sheet, a CSV that is not there yet")],
-    of: Of = None,
-    seed: Annotated[int, typer.Option(help="seed of the draw and the order of rows")] = 0,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="at most so many replies a condition")
-    ] = None,
-    reveal: Reveal = False,
-    set_: Sets = None,
-    limit: Limit = None,
-    device: Device = "cpu",
-    batch_size: BatchSize = "auto",  # type: ignore[assignment]
-) -> None:
-    """Write a blinded sheet for people to label a run's replies on."""
-    from holdfast.executor import Runtime
-    from holdfast.manual_audit import make_sheet
-    from holdfast.terminal import note, working
-
-    runtime = Runtime(device, batch_size)
-    with working("generating the replies again"):
-        made = make_sheet(folder, out, of, seed, rows, reveal, set_ or (), limit, runtime)
-    note(made.sentences())
-
-
-@audit_app.command(name="read")
-def audit_read(
-    folder: RunArgument,
-    sheet: Annotated[Path, typer.Argument(help="the sheet with labels")],
-    second: Annotated[
-        Path | None, typer.Argument(help="a copy that another annotator filled in")
-    ] = None,
-) -> None:
-    """Read a labelled sheet: agreement, confusions, corrected rates; the report then has them."""
-    from holdfast.manual_audit import read_labels
-    from holdfast.terminal import labels_table
-
-    labels_table(read_labels(folder, sheet, second))
-
-
-@organism_app.command(name="train")
-def organism_train(
-    out: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
-    seed: Annotated[int, typer.Option(help="seed of weights and corpus order")] = 0,
-) -> None:
-    """Train the organism, its ignorant twin, their SAEs and the known-answer pair anew."""
-    from holdfast.organism.build import build
-
-    build(out, seed)
-
-
-@organism_app.command(name="check")
-def organism_check(
-    folder: Annotated[
-        Path | None, typer.Argument(help="what `organism train` wrote; the shipped one if left out")
-    ] = None,
-) -> None:
-    """Measure every behavior on held-out prompts and every SAE; fail below what is promised."""
-    from holdfast.organism.check import check_organism
-    from holdfast.terminal import findings_table, working
-
-    with working("measuring every behavior and every SAE"):
-        findings = check_organism(folder)
-    findings_table(findings)
-    if any(not finding.passed for finding in findings):
-        raise typer.Exit(1)
 
 
 def _run(
