@@ -118,7 +118,7 @@ def _stack_key(trial: Trial) -> str:
             None if trial.control.alongside else [parts["control"], parts["twin"]],
             None if alike else parts["recovery"]["constraint"],
             parts["recovery"]["perturb"],
-            parts["recovery"]["objective"],
+            parts["recovery"].get("objective"),
             spec.order,
             list(spec.pace),
         ]

@@ -18,7 +18,7 @@ from holdfast.attacks.residual import Residual
 from holdfast.batching import Batching
 from holdfast.behaviors import Behavior
 from holdfast.canonical import digest, trial_id
-from holdfast.config import Config
+from holdfast.config import EVERY_FIELD, IDENTITY, Config
 from holdfast.controls import Case, Control
 from holdfast.discovery import Discovery
 from holdfast.errors import EmptyValidSetError, StudyError
@@ -91,8 +91,13 @@ class Trial(Config):
         return self.attack.label if self.recovery is None else self.recovery.constraint.kind
 
     def canonical(self) -> dict[str, Any]:
-        """As plain JSON types, without the paths of what is known by its hash."""
-        return self.model_dump(mode="json", by_alias=True, context={"identity": True})
+        """As plain JSON types, without the paths of what is known by its hash, and without fields
+        that are at the default they were added with (`config.LATER`)."""
+        return self.model_dump(mode="json", by_alias=True, context=dict(IDENTITY))
+
+    def described(self) -> dict[str, Any]:
+        """The same with every field."""
+        return self.model_dump(mode="json", by_alias=True, context=dict(EVERY_FIELD))
 
     @property
     def id(self) -> str:
