@@ -2,7 +2,8 @@
 
 Every kind of work begins with a size. A piece that runs out of memory is halved and done again, and
 what follows begins with the size that fitted; other pieces keep what they computed. No number
-depends on it, because no row of a piece knows of the others.
+depends on it but in its last digits, because no row of a piece knows of the others; and for these
+the parts of a run are split again as they were (`split.py`).
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from threading import Lock
+from dataclasses import asdict, dataclass, field, fields
+from threading import RLock, local
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from holdfast.errors import OutOfMemoryError
+from holdfast.split import Split, Splitting
 
 T = TypeVar("T")
 
@@ -77,7 +79,8 @@ class Beginning:
 
     asked: rows that were asked for, 0 for none; device: what memory it is, and how much of it;
     free_bytes: what was free of it; bytes_per_row: as forecast, by kind of work, of the trial that
-    takes the most; why: in words; note: what of it the user should be told, if anything.
+    takes the most; why: in words; note: what of it the user should be told, if anything; parts:
+    how parts that are done again were split.
     """
 
     sizes: Sizes = MOST
@@ -87,13 +90,20 @@ class Beginning:
     bytes_per_row: Mapping[Work, float] | None = None
     why: str = "as many as are worth it: memory was not looked at"
     note: str = ""
+    parts: Mapping[str, Split] = field(default_factory=dict)
 
 
 class Batching:
-    """The sizes of a run, shared by its subjects, and by trials that run side by side."""
+    """The sizes of a run, shared by its subjects, and by trials that run side by side.
+
+    changed: called, by one thread at a time, when `plan` is to be kept: a part of the run was split
+    otherwise than its beginning says, or one begins after that.
+    """
 
     def __init__(self, sizes: Sizes | int = MOST):
-        self._lock = Lock()
+        self._lock = RLock()
+        self._thread = local()
+        self.changed: Callable[[], None] = lambda: None
         if isinstance(sizes, int):
             sizes = Sizes.every(sizes)
         self.begin(Beginning(sizes))
@@ -104,6 +114,7 @@ class Batching:
             self._beginning = beginning
             self._rows: dict[Work, int] = {work: beginning.sizes.of(work) for work in WORK}
             self._halvings: dict[Work, int] = dict.fromkeys(WORK, 0)
+            self._parts = dict(beginning.parts)
 
     @property
     def sizes(self) -> Sizes:
@@ -130,6 +141,47 @@ class Batching:
                 },
             }
 
+    def parts(self) -> dict[str, Any]:
+        """Plain JSON: how the parts of the run were split; nothing where all were by one size."""
+        with self._lock:
+            if not self._uneven:
+                return {}
+            return {name: split.as_json() for name, split in self._parts.items()}
+
+    @property
+    def _uneven(self) -> bool:
+        begun = asdict(self._beginning.sizes)
+        return self._rows != begun or any(
+            split.halved or split.begun_with != begun for split in self._parts.values()
+        )
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Around a part of a run, of this thread: it begins with the sizes of now, or, if a part of
+        this name was begun before, is split as that was. A part within another is of its own."""
+        with self._lock:
+            if name not in self._parts:
+                self._parts[name] = Split(asdict(self.sizes))
+            if self._uneven:
+                self.changed()
+            own = Splitting(self._parts[name])
+        with self._at_work(own):
+            yield
+
+    @contextmanager
+    def _at_work(self, own: Splitting) -> Iterator[Splitting]:
+        outer = self._now
+        self._thread.now = own
+        try:
+            yield own
+        finally:
+            self._thread.now = outer
+
+    @property
+    def _now(self) -> Splitting | None:
+        """The part that this thread is in."""
+        return getattr(self._thread, "now", None)
+
     def halvings(self) -> list[str]:
         """What was too large, a sentence each."""
         return [
@@ -154,18 +206,44 @@ class Batching:
         left behind; most: rows of a piece at most, where the work has a bound of its own. Raises
         OutOfMemoryError where a single row does not fit.
         """
+        part = self._now
+        if part is None:  # nobody will do it again
+            with self._at_work(Splitting(Split(asdict(self.sizes)))):
+                return self.over(work, rows, do, mark, most)
+        part.depth += 1
+        try:
+            return self._over(part, work, rows, do, mark, most)
+        finally:
+            part.depth -= 1
+            if not part.depth:
+                self._learn(part)
+
+    def _over(
+        self,
+        part: Splitting,
+        work: Work,
+        rows: Tensor,
+        do: Callable[[Tensor], T],
+        mark: Callable[[], Callable[[], None]] | None,
+        most: int | None,
+    ) -> list[T]:
         done: list[T] = []
-        start = 0
+        start, call = 0, part.call()
         while start < len(rows):
-            size = self._rows[work]
+            size = part.size(work, call, start)
             piece = rows[start : start + (size if most is None else min(size, most))]
-            take_back = mark() if mark is not None else None
+            take_back, stood = (mark() if mark is not None else None), part.mark()
             try:
                 done.append(do(piece))
             except Exception as error:
-                if not is_out_of_memory(error):
+                # A call within this one that has come down to a single row in vain: what this piece
+                # holds may be what it lacks.
+                within = isinstance(error, OutOfMemoryError)
+                if not (within or is_out_of_memory(error)):
                     raise
                 if len(piece) == 1:
+                    if within:
+                        raise
                     raise OutOfMemoryError(_one_row(work, error)) from error
             else:
                 start += len(piece)
@@ -173,17 +251,24 @@ class Batching:
             # Outside of the handler: the error's traceback holds all that the piece had computed.
             if take_back is not None:
                 take_back()
-            self._halve(work, len(piece))
+            part.halve(stood, work, len(piece), call, start, within)
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
         return done
 
-    def _halve(self, work: Work, n: int) -> None:
+    def _learn(self, part: Splitting) -> None:
+        """What follows begins with what fitted."""
         with self._lock:
-            if n // 2 < self._rows[work]:  # else another trial has met it before
-                self._rows[work] = n // 2
-                self._halvings[work] += 1
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+            lower = False
+            for work in WORK:
+                if part.halvings[work] and part.rows[work] < self._rows[work]:
+                    self._rows[work] = part.rows[work]
+                    self._halvings[work] += part.halvings[work]
+                    lower = True  # else another trial has met it before
+            part.halvings.clear()
+            if lower:
+                self.changed()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -228,6 +313,11 @@ def _first_line(error: BaseException) -> str:
 def kept_sizes(plan: Mapping[str, Any]) -> Sizes:
     """What a plan came to. Raises KeyError, TypeError or ValueError where it is none."""
     return Sizes(**{field.name: int(plan["work"][field.name]["rows"]) for field in fields(Sizes)})
+
+
+def kept_parts(plan: Mapping[str, Any]) -> dict[str, Split]:
+    """How parts were split. Raises KeyError, TypeError or ValueError where it cannot be read."""
+    return {name: Split.of_json(kept) for name, kept in plan.get("parts", {}).items()}
 
 
 def spelled(sizes: Sizes) -> str:

@@ -235,7 +235,7 @@ def _key(each: Finished, left: Side, right: Side) -> str:
 
 def value_at(trial: Trial, path: str) -> Any:
     """A trial's value at a dotted path, None where there is none."""
-    value: Any = trial.canonical()
+    value: Any = trial.described()
     for part in path.split("."):
         if isinstance(value, list) and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
@@ -247,7 +247,7 @@ def value_at(trial: Trial, path: str) -> Any:
 def _differences(a: Trial, b: Trial) -> list[str]:
     """`path: first → second` for every field of two trials that differs; of things of two kinds,
     the kinds alone."""
-    first, second = _leaves(a.canonical()), _leaves(b.canonical())
+    first, second = _leaves(a.described()), _leaves(b.described())
     differ = [p for p in sorted({*first, *second}) if first.get(p) != second.get(p)]
     kinds = [p.removesuffix("kind") for p in differ if p.endswith(".kind")]
     return [

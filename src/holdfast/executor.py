@@ -24,7 +24,7 @@ from holdfast.batching import MOST, Batching, Sizes
 from holdfast.canonical import digest
 from holdfast.errors import DeviceError, EmptyValidSetError
 from holdfast.planning import Plan
-from holdfast.stacked import stacked
+from holdfast.stacked import Together
 from holdfast.subject import Subject
 from holdfast.trial import Lab, SubjectIdentity, Trial, run_trials, setting_key
 
@@ -60,7 +60,7 @@ class Done:
     what it took, of what was done for its stack at once its share; unprepared: settings that it had
     to prepare first; peak_bytes: the most that its stack held until then on a CUDA device, None on
     the CPU, where trials share their memory with all else; begun_with: rows at once when its stack
-    began; batch_plan: as `Batching.plan` has it, at its end.
+    began; batch_plan: as `Batching.plan` has it, at its end, with the ids of its stack.
     """
 
     trial: Trial
@@ -108,15 +108,15 @@ def load_lab(
     )
 
 
-def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> Iterator[Done]:
-    """Run the trials and yield each as it ends, or as its stack does. lab: their subjects, loaded.
+def execute(plan: Plan, stacks: Sequence[Together], runtime: Runtime, lab: Lab) -> Iterator[Done]:
+    """Run the stacks' trials and yield each as it ends. lab: their subjects, loaded.
 
     Any error but an empty valid set is raised here, after the trials at work have ended.
     """
-    if not trials:
+    if not stacks:
         return
-    n_workers = workers_for(trials, runtime, lab)
-    stacks = stacked(trials)
+    n_workers = workers_for(stacks, runtime, lab)
+    trials = [trial for stack in stacks for trial in stack.trials]
     if n_workers == 1:
         with threads_for(lab, runtime):
             for stack in stacks:
@@ -129,7 +129,7 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> 
 
     finished: SimpleQueue[Done] = SimpleQueue()
 
-    def on_one_thread(stack: Sequence[Trial]) -> None:
+    def on_one_thread(stack: Together) -> None:
         torch.set_num_threads(1)  # of the calling thread's operations
         own = labs.get()
         try:
@@ -159,10 +159,10 @@ def execute(plan: Plan, trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> 
         raise error
 
 
-def workers_for(trials: Sequence[Trial], runtime: Runtime, lab: Lab) -> int:
-    """How many stacks of trials run side by side."""
+def workers_for(stacks: Sequence[Together], runtime: Runtime, lab: Lab) -> int:
+    """How many stacks run side by side."""
     several = min(os.cpu_count() or 1, 4) if _is_small(lab, runtime) else 1
-    return min(runtime.workers or several, len(stacked(trials)))
+    return min(runtime.workers or several, len(stacks))
 
 
 @contextmanager
@@ -183,24 +183,25 @@ def _is_small(lab: Lab, runtime: Runtime) -> bool:
     return runtime.device == "cpu" and n_parameters < SMALL
 
 
-def _run(stack: Sequence[Trial], lab: Lab) -> Iterator[Done]:
+def _run(stack: Together, lab: Lab) -> Iterator[Done]:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     unprepared: dict[str, tuple[SubjectIdentity, ...]] = {}
     seen: set[str] = set()
-    for trial in stack:  # the first that needs a setting prepares it
+    for trial in stack.wanted:  # the first that needs a setting prepares it
         own = [each for each in (trial.subject, trial.twin) if each is not None]
         keys = {setting_key(trial, each): each for each in own if not lab.has_setting(trial, each)}
         unprepared[trial.id] = tuple(each for key, each in keys.items() if key not in seen)
         seen |= keys.keys()
-    parameters = lab.subject(stack[0].subject).model.parameters()
+    parameters = lab.subject(stack.trials[0].subject).model.parameters()
     # All that the model is spread over, and not the one that happens to be torch's present device.
     devices = {own.device for own in parameters if own.device.type == "cuda"}
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     begun_with = lab.batching.sizes
-    for ended in run_trials(stack, lab):
+    for ended in run_trials(stack.trials, lab, stack.ballast):
         peak = sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None
         yield Done(
             ended.trial, ended.result, started, round(ended.seconds, 3), torch.get_num_threads(),
-            unprepared[ended.trial.id], peak, begun_with, lab.batching.plan(),
+            unprepared[ended.trial.id], peak, begun_with,
+            lab.batching.plan() | {"stack": stack.ids},
         )  # fmt: skip

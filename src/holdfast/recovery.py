@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.ascent import Climb, Noted, Trace, ascend
 from holdfast.closed_form import ClosedForm
-from holdfast.config import Config
+from holdfast.config import LATER, Config
 from holdfast.constraints import Constraint
 from holdfast.harder import try_harder
 from holdfast.objectives import Objective
@@ -78,7 +78,7 @@ class RecoverySpec(Config):
 
     order: Literal["clamp_then_perturbation", "perturbation_then_clamp"] = "clamp_then_perturbation"
     constraint: Constraint
-    objective: Objective = Margin()
+    objective: Annotated[Objective, LATER] = Margin()
     perturb: Perturb = Perturb()
     budget: Budget = Budget(relative=0.25)
     stop: Stop = Stop()

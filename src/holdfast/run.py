@@ -33,6 +33,7 @@ from holdfast.forecast.sizing import beginning
 from holdfast.manifest import check_rows, check_run
 from holdfast.planning import Plan
 from holdfast.preflight import preflight, require
+from holdfast.stacked import StackPlan
 from holdfast.store import RunFolder
 from holdfast.study import Study
 from holdfast.summary import LISTS, summarize
@@ -98,15 +99,27 @@ def run_study(
         todo = [trial for trial in plan.trials if trial.id not in done]
         lab = load_lab(plan, todo, runtime)
         outlook = Outlook.before(lab, runtime, todo)
+        earlier = store.batch_plan()
+        stacks = StackPlan.of(plan.trials, done, earlier)
+
+        def keep_batches() -> None:
+            kept = {"stacks": stacks.as_json(), "parts": lab.batching.parts()}
+            store.write_batch_plan(lab.batching.plan() | kept)
+
         if todo:
-            n_workers = workers_for(todo, runtime, lab)
-            first = beginning(outlook.memories(todo), runtime, n_workers, store.batch_plan())
+            n_workers = workers_for(stacks.todo, runtime, lab)
+            first = beginning(
+                outlook.memories(todo), runtime, n_workers, earlier, outlook.memories(stacks.new)
+            )
             lab.batching.begin(first)
+            lab.batching.changed = keep_batches
             if first.note:
                 watcher.sized(first.note)
         findings = _checked(plan, todo, lab, runtime, watcher)
+        if todo:  # before anything of a stack is stored, so that the rest is searched beside it
+            keep_batches()
         try:
-            for ended in execute(plan, todo, runtime, lab):
+            for ended in execute(plan, stacks.todo, runtime, lab):
                 if isinstance(ended.result, EmptyValidSetError):
                     empty[ended.trial.id] = ended.result
                 else:
@@ -116,7 +129,7 @@ def run_study(
                 watcher.stored(len(done), len(plan.trials), ended.trial)
         finally:
             if todo:  # also where the run ends early: what goes on there begins with what fits
-                store.write_batch_plan(lab.batching.plan())
+                keep_batches()
                 for sentence in lab.batching.halvings():
                     watcher.sized(sentence)
         check_run(store, [trial for trial in plan.trials if trial.id in done])

@@ -1,11 +1,92 @@
-"""Which trials of a study are searched together: those whose rows can stand in one batch."""
+"""Which trials of a study are searched together: those whose rows can stand in one batch.
+
+What a trial finds depends in its last digits on the rows beside its own. So who is searched with
+whom is planned before a run begins, kept in its folder, and followed by a run that goes on there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from holdfast.canonical import digest
 from holdfast.trial import Trial, setting_key
+
+
+@dataclass(frozen=True)
+class Together:
+    """A stack: trials that are run together, in order.
+
+    ballast: ids of those that are stored already, and searched only because the others were to be
+    searched beside them.
+    """
+
+    trials: tuple[Trial, ...]
+    ballast: frozenset[str] = frozenset()
+
+    @property
+    def ids(self) -> list[str]:
+        return [trial.id for trial in self.trials]
+
+    @property
+    def wanted(self) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.trials if trial.id not in self.ballast)
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """The stacks of a run, those that are done among them. kept: ids of each; todo: what of them is
+    to be run; new: trials that no earlier plan had."""
+
+    kept: tuple[tuple[str, ...], ...]
+    todo: tuple[Together, ...]
+    new: tuple[Trial, ...]
+
+    @classmethod
+    def of(
+        cls, trials: Sequence[Trial], stored: Collection[str], earlier: Mapping[str, Any] | None
+    ) -> StackPlan:
+        """trials: all of the study; stored: ids of those that are finished; earlier: the plan in
+        the run's folder, None where there is none.
+
+        A stack that was planned is searched with the members it was planned with, until all are
+        stored. One with a member that has left the study cannot be: what is left of it is planned
+        anew. So are trials that no plan has, among themselves.
+        """
+        known = {trial.id: trial for trial in trials}
+        missing = {trial.id for trial in trials if trial.id not in stored}
+        kept = [
+            ids for ids in _stacks_of(earlier)
+            if missing.isdisjoint(ids) or known.keys() >= set(ids)
+        ]  # fmt: skip
+        planned = {each for ids in kept for each in ids}
+        new = [trial for trial in trials if trial.id in missing - planned]
+        todo = [
+            Together(tuple(known[each] for each in ids), frozenset(set(ids) - missing))
+            for ids in kept
+            if not missing.isdisjoint(ids)
+        ]
+        todo += [Together(stack) for stack in stacked(new)]
+        kept += [tuple(trial.id for trial in stack) for stack in stacked(new)]
+        order = {trial.id: index for index, trial in enumerate(trials)}
+        todo.sort(key=lambda stack: order[stack.wanted[0].id])
+        return cls(tuple(kept), tuple(todo), tuple(new))
+
+    def as_json(self) -> list[list[str]]:
+        return [list(ids) for ids in self.kept]
+
+
+def _stacks_of(earlier: Mapping[str, Any] | None) -> list[tuple[str, ...]]:
+    """Ids of each stack of a plan; none where it cannot be read, or names a trial twice: it was not
+    written by this program, and trials are planned anew."""
+    found = (earlier or {}).get("stacks", [])
+    if not isinstance(found, list) or not all(isinstance(ids, list) for ids in found):
+        return []
+    every = [each for ids in found for each in ids]
+    if not all(isinstance(each, str) for each in every) or len(set(every)) < len(every):
+        return []
+    return [tuple(ids) for ids in found if ids]
 
 
 def stacked(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
@@ -14,7 +95,7 @@ def stacked(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
     Searches of one setting that differ in constraint, target, budget or goal can be rows of one
     batch, but for constraints with passes of their own, which share a batch with their like alone,
     and controls with prompts or edits of their own. Who is searched beside whom does not depend on
-    where a study runs.
+    where a study runs, but on which of its trials it is to run: `StackPlan`.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -37,7 +118,7 @@ def _stack_key(trial: Trial) -> str:
             None if trial.control.alongside else [parts["control"], parts["twin"]],
             None if alike else parts["recovery"]["constraint"],
             parts["recovery"]["perturb"],
-            parts["recovery"]["objective"],
+            parts["recovery"].get("objective"),
             spec.order,
             list(spec.pace),
         ]

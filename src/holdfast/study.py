@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from holdfast.attacks import Attack, AttackKind
 from holdfast.behaviors import Behavior
-from holdfast.config import Config, nearest
+from holdfast.config import IDENTITY, Config, nearest
 from holdfast.controls import Control
 from holdfast.discovery import Discovery
 from holdfast.dotted import put
@@ -118,7 +118,7 @@ class Study(Config):
     def canonical(self) -> dict[str, Any]:
         """As plain JSON types. Data files stand in it by their hash and not by their path, so that
         a run can be read after they have moved."""
-        return self.model_dump(mode="json", by_alias=True, context={"identity": True})
+        return self.model_dump(mode="json", by_alias=True, context=dict(IDENTITY))
 
 
 def bundled(name: str) -> str:

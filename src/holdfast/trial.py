@@ -7,7 +7,7 @@ Read `attacks/residual.py` next: what an audit's own search does, again as a str
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from holdfast.attacks.residual import Residual
 from holdfast.batching import Batching
 from holdfast.behaviors import Behavior
 from holdfast.canonical import digest, trial_id
-from holdfast.config import Config
+from holdfast.config import EVERY_FIELD, IDENTITY, Config
 from holdfast.controls import Case, Control
 from holdfast.discovery import Discovery
 from holdfast.errors import EmptyValidSetError, StudyError
@@ -93,8 +93,13 @@ class Trial(Config):
         return self.attack.label if self.recovery is None else self.recovery.constraint.kind
 
     def canonical(self) -> dict[str, Any]:
-        """As plain JSON types, without the paths of what is known by its hash."""
-        return self.model_dump(mode="json", by_alias=True, context={"identity": True})
+        """As plain JSON types, without the paths of what is known by its hash, and without fields
+        that are at the default they were added with (`config.LATER`)."""
+        return self.model_dump(mode="json", by_alias=True, context=dict(IDENTITY))
+
+    def described(self) -> dict[str, Any]:
+        """The same with every field."""
+        return self.model_dump(mode="json", by_alias=True, context=dict(EVERY_FIELD))
 
     @property
     def id(self) -> str:
@@ -122,10 +127,11 @@ class Lab:
         """The audit's setting on a subject, prepared once."""
         key = setting_key(trial, identity)
         if key not in self._settings:
-            self._settings[key] = prepare(
-                self.subject(identity), trial.behavior, trial.discovery, trial.intervention,
-                trial.data, trial.seed,
-            )  # fmt: skip
+            with self.batching.part(f"setting {key[:16]}"):
+                self._settings[key] = prepare(
+                    self.subject(identity), trial.behavior, trial.discovery, trial.intervention,
+                    trial.data, trial.seed,
+                )  # fmt: skip
         return self._settings[key]
 
     def twin_setting(self, trial: Trial) -> Setting:
@@ -163,45 +169,58 @@ def run_trial(trial: Trial, lab: Lab) -> TrialResult:
     return ended.result
 
 
-def run_trials(trials: Sequence[Trial], lab: Lab) -> Iterator[Ended]:
+def run_trials(trials: Sequence[Trial], lab: Lab, ballast: Collection[str] = ()) -> Iterator[Ended]:
     """clean → suppressed → valid, then the attack: recovered → verified (`attacks/residual.py`).
 
-    trials: one stack; each is yielded as it ends.
+    trials: one stack; each is yielded as it ends, but for those whose ids are ballast, which are
+    searched beside the others if any of these is.
     """
-    ready: list[tuple[Trial, Attacked, float]] = []
+    ready: dict[int, tuple[Attacked, float]] = {}
     cases: dict[str, Case] = {}
-    for trial in trials:
+    places = sorted(range(len(trials)), key=lambda place: trials[place].id in ballast)
+    for place in places:
+        trial, wanted = trials[place], trials[place].id not in ballast
+        if not wanted and not ready:
+            return
         clock = time.perf_counter()
         try:
-            made = _prepared(trial, lab, cases)
+            made = _prepared(trial, lab, cases, not wanted)
         except EmptyValidSetError as error:
-            yield Ended(trial, error, time.perf_counter() - clock)
+            if wanted:
+                yield Ended(trial, error, time.perf_counter() - clock)
             continue
         seconds = time.perf_counter() - clock
         if isinstance(made, Attacked):
-            ready.append((trial, made, seconds))
-        else:
+            ready[place] = made, seconds
+        elif wanted:
             yield Ended(trial, made, seconds)
     if ready:
-        attack = ready[0][0].attack
-        for index, result in attack.run_together([attacked for _, attacked, _ in ready]):
-            trial, _, seconds = ready[index]
-            yield Ended(trial, result, seconds + result.seconds)
+        order = sorted(ready)  # that of the stack
+        attack = trials[order[0]].attack
+        for index, result in attack.run_together([ready[place][0] for place in order]):
+            _, seconds = ready[order[index]]
+            yield Ended(trials[order[index]], result, seconds + result.seconds)
 
 
-def _prepared(trial: Trial, lab: Lab, cases: dict[str, Case]) -> Attacked | TrialResult:
+def _prepared(
+    trial: Trial, lab: Lab, cases: dict[str, Case], ballast: bool
+) -> Attacked | TrialResult:
     """What the trial's attack is given, or what there is to say where nothing is to be searched.
     cases: those that other trials of the stack have made, by control."""
     setting = lab.setting(trial, trial.subject)
     key = digest(trial.canonical()["control"])
     if key not in cases:
-        cases[key] = trial.control.case(setting, lambda: lab.twin_setting(trial))
+        twin = trial.twin and setting_key(trial, trial.twin)
+        with lab.batching.part(
+            f"case {digest([key, twin, setting_key(trial, trial.subject)])[:16]}"
+        ):
+            cases[key] = trial.control.case(setting, lambda: lab.twin_setting(trial))
     case = cases[key]
     setting = case.setting or setting
     if not len(case.rows) and case.if_empty:
         return TrialResult(unsearched(setting, case), {}, unsearched_examples(setting, case))
     _require_prompts(trial, setting, case)
-    return Attacked(setting, case, trial.recovery, trial.seed, trial.paths)
+    return Attacked(setting, case, trial.recovery, trial.seed, trial.paths, trial.id, ballast)
 
 
 def _require_prompts(trial: Trial, setting: Setting, case: Case) -> None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.config import Config
+from holdfast.config import LATER, Config
 from holdfast.controls import Case
 from holdfast.edits import Capture, Edit, Perturbation
 from holdfast.problem import Problem
@@ -46,16 +46,18 @@ class PathSpec(Config):
 
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0, 4.0), min_length=1)
     draws: int = Field(2, ge=1)
-    margin_draws: int = Field(100, ge=1)
+    margin_draws: Annotated[int, LATER] = Field(100, ge=1)
     top: int = Field(10, ge=1)
     groups: int = Field(4, ge=1)
-    part_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
-    atoms: int = Field(32, ge=1)
-    principal: int = Field(16, ge=1)
-    likes: bool = True
-    routes: bool = True
-    heads: bool = True
-    orders: bool = False
+    part_scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], LATER] = Field(
+        (1.0,), min_length=1
+    )
+    atoms: Annotated[int, LATER] = Field(32, ge=1)
+    principal: Annotated[int, LATER] = Field(16, ge=1)
+    likes: Annotated[bool, LATER] = True
+    routes: Annotated[bool, LATER] = True
+    heads: Annotated[bool, LATER] = True
+    orders: Annotated[bool, LATER] = False
     every: bool = False
 
 

@@ -308,17 +308,8 @@ def test_a_killed_run_goes_on_where_it_was(
     whole, pieced = records_of(finished[0]), records_of(folder)
     assert whole.keys() == pieced.keys()
     for trial, record in whole.items():
-        one, other = record["result"], pieced[trial]["result"]
-        if trial in kept:
-            assert one == other
-        # The rest is searched in a batch without them: equal up to rounding.
-        assert one["funnel"] == other["funnel"] and one["outcome"] == other["outcome"]
-        assert one["features"] == other["features"]
-        for mine, theirs in zip(one["measurements"], other["measurements"], strict=True):
-            assert mine["name"] == theirs["name"] and mine["n"] == theirs["n"]
-            if mine["name"] == "smallest_norm_relative":
-                estimates = [each["estimate"] or np.inf for each in (mine, theirs)]
-                np.testing.assert_allclose(*estimates, rtol=0.01)
+        assert record["result"] == pieced[trial]["result"]
+        assert record["artifacts"] == pieced[trial]["artifacts"], "another vector, or other rows"
 
 
 # --- From the saved perturbation alone ------------------------------------------------------------

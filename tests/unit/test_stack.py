@@ -30,7 +30,7 @@ from holdfast.saes.bank import FeatureBank
 from holdfast.setting import Setting
 from holdfast.sites import Site
 from holdfast.stack import Stack
-from holdfast.stacked import stacked
+from holdfast.stacked import StackPlan, stacked
 from holdfast.steppers import Adam, Steepest
 from holdfast.study import bundled, parse
 from holdfast.subspace import Everything, Iterate
@@ -413,7 +413,8 @@ def test_every_trial_of_a_stack_is_done_once(
     more = [*trials, trials[0].model_copy(update={"recovery": slow})]
     assert [len(stack) for stack in stacked(more)] == [4, 1]
     made = plan(parse(bundled("demo")))
-    done = list(execute(made, more, Runtime(workers=n_workers), lab))
+    stacks = StackPlan.of(more, (), None).todo
+    done = list(execute(made, stacks, Runtime(workers=n_workers), lab))
     assert sorted(each.trial.id for each in done) == sorted(trial.id for trial in more)
     # Whoever needs the setting first has to prepare it, and nobody else of its stack.
     first = [each for each in done if each.unprepared]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -48,7 +49,8 @@ class Attacked:
     """What an attack is given: the intervention on a subject, and the prompts it flips.
 
     recovery: what a search is bound to; None for attacks that search nothing. paths: what a
-    recovery is compared with, None for nothing.
+    recovery is compared with, None for nothing. name: of the trial, "" for none. ballast: whether
+    it is searched only because others were to be searched beside it; its result is wanted no more.
     """
 
     setting: Setting
@@ -56,6 +58,14 @@ class Attacked:
     recovery: RecoverySpec | None
     seed: int
     paths: PathSpec | None = None
+    name: str = ""
+    ballast: bool = False
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Around what is done for it alone, so that it is split as it was if it is done again."""
+        with self.case.subject.batching.part(self.name) if self.name else nullcontext():
+            yield
 
 
 @dataclass(frozen=True)
@@ -127,13 +137,17 @@ class AttackKind(Kind):
         raise NotImplementedError
 
     def run_together(self, attacked: Sequence[Attacked]) -> Iterator[tuple[int, TrialResult]]:
-        """Attack several times, and yield each result as it is made, with its place in the order.
+        """Attack several times, and yield each result as it is made, with its place in the order;
+        of ballast nothing.
 
         One after the other, unless the attack knows how to do what they have in common once.
         """
         for index, each in enumerate(attacked):
+            if each.ballast:
+                continue
             clock = time.perf_counter()
-            result = self.run(each)
+            with each.part():
+                result = self.run(each)
             yield index, replace(result, seconds=time.perf_counter() - clock)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from holdfast.attacks import Attacked, AttackKind, Listed, TrialResult
 from holdfast.batch import Batch
+from holdfast.canonical import digest
 from holdfast.controls import Case
 from holdfast.edits import Perturbation
 from holdfast.errors import StudyError
@@ -56,11 +58,16 @@ class Residual(AttackKind):
         behavior reads every other condition → through what it went."""
         for members in _sharing(attacked):
             own = [attacked[member] for member in members]
+            if all(each.ballast for each in own):
+                continue
             for member, each, (problem, recovery, spent) in zip(
                 members, own, _searched(own), strict=True
             ):
+                if each.ballast:
+                    continue
                 clock = time.perf_counter()
-                result = _finished(each, problem, recovery)
+                with each.part():
+                    result = _finished(each, problem, recovery)
                 yield member, replace(result, seconds=spent + time.perf_counter() - clock)
 
 
@@ -69,12 +76,18 @@ def _searched(attacked: Sequence[Attacked]) -> Iterator[tuple[Problem, Recovery,
     of the seconds, by the lanes that were run for it."""
     clock = time.perf_counter()
     specs, cases = [_spec(each) for each in attacked], [each.case for each in attacked]
-    whole = pose_together(specs, cases)
     searches = [
         Search(len(each.case.rows), spec, each.seed)
         for each, spec in zip(attacked, specs, strict=True)
     ]
-    found = recover_together(whole, searches)
+    names = [each.name for each in attacked]
+    with (
+        cases[0].subject.batching.part(f"search {digest(names)[:16]}")
+        if all(names)
+        else nullcontext()
+    ):
+        whole = pose_together(specs, cases)
+        found = recover_together(whole, searches)
     seconds = time.perf_counter() - clock
     run = [int(recovery.lane_steps.sum()) for recovery in found]
     every = torch.arange(len(whole), device=whole.goal.device)

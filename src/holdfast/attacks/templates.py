@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import FieldSerializationInfo, field_serializer, model_validator
 
 from holdfast.canonical import digest
-from holdfast.config import Config
-from holdfast.datasets import in_identity, sha256_of_files
+from holdfast.config import Config, in_identity
+from holdfast.datasets import sha256_of_files
 from holdfast.errors import StudyError
 
 PLACEHOLDER = "{instruction}"

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from holdfast.batch import Batch, Example
 from holdfast.behaviors.observation import Observation
-from holdfast.config import Kind
+from holdfast.config import IDENTITY, Kind
 from holdfast.readouts import Readout
 from holdfast.readouts.logits import LOGITS
 from holdfast.registry import Registry
@@ -80,7 +80,7 @@ class BehaviorKind(Kind):
     @property
     def fitted_by(self) -> dict[str, Any]:
         """What of its configuration a fitted readout depends on."""
-        return self.model_dump(mode="json", context={"identity": True})
+        return self.model_dump(mode="json", context=dict(IDENTITY))
 
     def fitted(self, subject: Subject, sizes: Mapping[Split, int], seed: int) -> Readout:
         """The readout, fitted on other prompts than the test split's. sizes: most prompts of the

@@ -17,7 +17,7 @@ from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.behaviors.asking import INSTRUCTION, Asking
 from holdfast.behaviors.knowledge import FORGET, Orders, knowledge
-from holdfast.config import nearest
+from holdfast.config import IDENTITY, LATER, nearest
 from holdfast.datasets import DATASETS, Dataset, DatasetKind
 from holdfast.datasets.questions import QuestionSet, questions_of
 from holdfast.errors import StudyError
@@ -81,7 +81,7 @@ class MultipleChoice(BehaviorKind):
     chat: bool = False
     drop_repeats: bool = False
     subsets: bool = False
-    spellings: bool = False
+    spellings: Annotated[bool, LATER] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -178,7 +178,7 @@ class MultipleChoice(BehaviorKind):
                 name or FORGET: self._in_every_order(setting.subject, name, frozenset(ids))
                 for name, ids in asked.items()
             },
-            self.model_dump(mode="json", context={"identity": True}),
+            self.model_dump(mode="json", context=dict(IDENTITY)),
             setting.test.readout,
         )
 

@@ -19,6 +19,7 @@ from holdfast.behaviors import BehaviorKind, Split
 from holdfast.behaviors.observation import Observation, Reading
 from holdfast.behaviors.prompts import chat_examples, organism_examples, prompts_of
 from holdfast.canonical import canonical_json
+from holdfast.config import IDENTITY
 from holdfast.datasets import DATASETS, Dataset, DatasetKind
 from holdfast.edits import Edit
 from holdfast.errors import StudyError
@@ -127,7 +128,7 @@ class Refusal(BehaviorKind):
         known = named([judge.identified() for judge in self.judges.values()])
         seen: dict[str, str] = {}
         for name, judge in known.items():
-            identity = canonical_json(judge.model_dump(mode="json", context={"identity": True}))
+            identity = canonical_json(judge.model_dump(mode="json", context=dict(IDENTITY)))
             if identity in seen:
                 raise JudgeError(
                     f"the judges {seen[identity]} and {name} are the same by their files and "

@@ -20,7 +20,7 @@ from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.behaviors.cutting import readable
 from holdfast.behaviors.tpp_score import tpp_score
-from holdfast.config import nearest
+from holdfast.config import IDENTITY, nearest
 from holdfast.datasets import DATASETS, DatasetKind
 from holdfast.datasets.labelled import (
     PRESETS,
@@ -259,7 +259,7 @@ class TPP(BehaviorKind):
     @property
     def fitted_by(self) -> dict[str, Any]:
         # Every class has its probe, whichever is the target.
-        return self.model_dump(mode="json", context={"identity": True}, exclude={"target"})
+        return self.model_dump(mode="json", context=dict(IDENTITY), exclude={"target"})
 
     def fitted(self, subject: Subject, sizes: Mapping[Split, int], seed: int) -> Probes:
         unfitted = self.readout(subject)

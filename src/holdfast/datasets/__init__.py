@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, FieldSerializationInfo, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from holdfast.canonical import digest
 from holdfast.config import Kind, nearest
@@ -129,14 +129,6 @@ class DatasetKind(Kind):
 
 
 Dataset = Annotated[SerializeAsAny[DatasetKind], BeforeValidator(DATASETS.parse)]
-
-
-def in_identity(info: FieldSerializationInfo) -> bool:
-    """Whether what is being written is a trial's identity, where paths have no place.
-
-    `Trial.canonical` says so through the context it serializes with.
-    """
-    return bool(info.context and info.context.get("identity"))
 
 
 def sha256_of_files(files: Sequence[Path]) -> str:

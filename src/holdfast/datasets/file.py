@@ -13,7 +13,8 @@ from pydantic import (
     field_validator,
 )
 
-from holdfast.datasets import DatasetKind, in_identity, sha256_of_files
+from holdfast.config import in_identity
+from holdfast.datasets import DatasetKind, sha256_of_files
 from holdfast.datasets.rows import check_suffix
 from holdfast.errors import StudyError
 from holdfast.organism.assets import resolve

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Example
 from holdfast.canonical import digest
+from holdfast.config import IDENTITY
 from holdfast.datasets import Dataset, DatasetKind
 from holdfast.discovery import DiscoveryKind
 from holdfast.errors import FeatureError, StudyError
@@ -90,7 +91,7 @@ class ForgetRetain(DiscoveryKind):
         Counted once a subject, whatever threshold and number are asked for.
         """
         read = [self.n_sequences, self.n_tokens, self.min_chars]
-        named = dataset.model_dump(mode="json", context={"identity": True})
+        named = dataset.model_dump(mode="json", context=dict(IDENTITY))
         key = digest(["sparsity", str(site), named, *read])
         if key not in subject.counted:
             sae = subject.sae(site).full()

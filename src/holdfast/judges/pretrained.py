@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from holdfast.batching import Batching
 from holdfast.canonical import sha256_tree
+from holdfast.config import in_identity
 from holdfast.judges import JudgeError, JudgeKind
 from holdfast.organism.assets import resolve
 from holdfast.reply import Reply
@@ -77,7 +78,7 @@ class PretrainedJudge(JudgeKind):
     @field_serializer("model")
     def _path(self, model: str | None, info: FieldSerializationInfo) -> str | None:
         """In a trial's identity what counts is the hash, once it is known."""
-        known = self.sha256 is not None and bool(info.context and info.context.get("identity"))
+        known = self.sha256 is not None and in_identity(info)
         return None if known else model
 
     @property

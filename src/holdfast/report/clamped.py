@@ -25,7 +25,7 @@ def _audit(audit: AuditData) -> dict[str, Any]:
         # Features that the user gave have no scores.
         scores = entry["scores"] or [None] * len(entry["ids"])
         entries.append(entry | {"pairs": list(zip(entry["ids"], scores, strict=True))})
-    offered = main.trial.canonical()["intervention"]
+    offered = main.trial.described()["intervention"]
     return {
         "name": audit.name,
         "subject": main.trial.subject,
