@@ -189,8 +189,12 @@ def result_of(found: Found) -> dict[str, Any]:
             "gate_flips": int(checks.gate_flips.sum()),
             "gate_margin_min": float(checks.gate_margin.min()),
             "n_overtaken": int((checks.overtaken > 0).sum()),
-            "rounding_floor_mean": float(checks.rounding_floor.mean()),
-            "rounding_floor_max": float(checks.rounding_floor.max()),
+            "others_active_mean": float(checks.others_active.mean()),
+            "others_drift_max": float(checks.others_drift.max()),
+            "others_on_mean": float(checks.others_on.mean()),
+            "others_off_mean": float(checks.others_off.mean()),
+            "rounding_floor_mean": float(checks.floor(promise).mean()),
+            "rounding_floor_max": float(checks.floor(promise).max()),
             "preactivation_drift_mean": float(checks.preactivation_drift.mean()),
             "preactivation_drift_elsewhere_max": float(checks.preactivation_drift_elsewhere.max()),
             "preactivation_drift_anchor_max": float(checks.preactivation_drift_anchor.max()),
@@ -207,6 +211,7 @@ def result_of(found: Found) -> dict[str, Any]:
             "broken_mean": float(checks.broken(promise).mean()),
             "drift_generated_max": float(regained.drift.max()),
             "null_dimension": int(recovery.null_dimension.min()),
+            "null_dimension_max": int(recovery.null_dimension.max()),
             "closed_form_error_max": _largest(recovery.smallest_norm / closed.norm - 1),
             "closed_form_error_min": -_largest(1 - recovery.smallest_norm / closed.norm),
             "free_share_mean": float(closed.share.nanmean()),
@@ -286,7 +291,8 @@ _READ = (
 
 _COLUMNS = (
     *(f.name for f in fields(Checks)), "smallest_norm", "smallest_norm_relative",
-    "closed_form_norm", "goal", "steps", "lane_steps", "margin_other_order", "margin_unclamped",
+    "closed_form_norm", "goal", "steps", "lane_steps", "null_dimension", "margin_other_order",
+    "margin_unclamped",
 )  # fmt: skip
 
 
@@ -342,6 +348,7 @@ def examples_of(found: Found) -> list[dict[str, Any]]:
         columns["margin_unclamped"] = found.bare.margin
     columns["steps"] = recovery.steps.double()
     columns["lane_steps"] = recovery.lane_steps.double()
+    columns["null_dimension"] = recovery.null_dimension.double()
     if found.paths is not None:
         columns |= found.paths.laid(len(case.rows))
     blank = dict.fromkeys(columns, float("nan")) | labels_of(regained.seen, "recovered", None)

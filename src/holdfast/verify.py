@@ -6,7 +6,7 @@ runs from the embedding, and what the clamped features do is read from the resid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from holdfast.batch import Batch, Frame
 from holdfast.constraints import Promise
 from holdfast.drift import TINY, floor_of, moved_preactivations, relative_of
 from holdfast.edits import Capture, Edit, FeatureEdit, Perturbation
+from holdfast.others import Others
 from holdfast.reactivation import Reactivation
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
@@ -51,6 +52,8 @@ class Checks:
     readout_norm, readout_drift, readout_rise, readout_fall: at the last token of the prompt, where
     the answer is read, ‖z_S‖ of the reference, ‖Δz_S‖, and of Δz_S what went up and what went down;
     readout_relative: readout_drift with the denominator of drift_relative (METHODS J.4, C.5).
+    others_active, others_drift, others_floor, others_on, others_off: of the features that are not
+    held, see `Others`; NaN where the whole SAE was not looked at.
     rounding_floor: the preactivation_drift of random vectors in the encoder's null space, of the
     same norm, that have only been rounded to the model's precision: no exact constraint can be
     expected to do better.
@@ -88,6 +91,11 @@ class Checks:
     readout_rise: Tensor
     readout_fall: Tensor
     readout_relative: Tensor
+    others_active: Tensor
+    others_drift: Tensor
+    others_floor: Tensor
+    others_on: Tensor
+    others_off: Tensor
     rounding_floor: Tensor
 
     @property
@@ -109,8 +117,15 @@ class Checks:
             "preactivations": self.preactivation_drift,
             "codes": self.code_drift,
             "floor": self.floor_violation,
+            "active": torch.maximum(self.preactivation_drift, self.others_drift),
         }
         return kept[promise]
+
+    def floor(self, promise: Promise) -> Tensor:
+        """[n] how much of that rounding alone makes."""
+        if promise == "active":
+            return torch.maximum(self.rounding_floor, self.others_floor)
+        return self.rounding_floor
 
 
 def verify(
@@ -121,10 +136,12 @@ def verify(
     held: Mapping[Site, FeatureBank],
     median_active: Mapping[Site, Mapping[str, float | None]],
     clamp_first: bool,
+    whole: Collection[Site] = (),
 ) -> Checks:
     """Compare the pass with the perturbation to the one without, prompt by prompt.
 
-    held: site → the features that were to stay; median_active: site → group → their scale.
+    held: site → the features that were to stay; median_active: site → group → their scale; whole:
+    held sites at which every other feature of the SAE is looked at too.
     """
     sites = tuple(sorted({*held, *perturbation.sites}))
     reference = _Pass.of(subject, batch, edits, None, sites, perturbation, clamp_first)
@@ -146,6 +163,11 @@ def verify(
     ).sum(0).sqrt()  # fmt: skip
     norm = perturbation.norm
     undo, decoder = _undo(perturbation, reference, held, frame)
+    others = [
+        _others(subject, held[site], frame, site, perturbation, reference, recovered)
+        for site in whole
+    ]
+    other = Others.sum(others) if others else Others.unknown(total.size)
     return Checks(
         margin=batch.margin(recovered.logits).double(),
         norm=norm,
@@ -179,6 +201,11 @@ def verify(
         readout_rise=total.read_up.sqrt(),
         readout_fall=total.read_down.sqrt(),
         readout_relative=total.relative_at_readout,
+        others_active=other.active,
+        others_drift=other.drift,
+        others_floor=other.floor,
+        others_on=other.on,
+        others_off=other.off,
         rounding_floor=_rounding_floor(subject, held, frame, reference, perturbation),
     )
 
@@ -445,6 +472,24 @@ def _along(
     )
     answered = (there & (steps > last)).any(1)
     return elsewhere, anchor, torch.where(answered, answer, torch.nan)
+
+
+def _others(
+    subject: Subject,
+    bank: FeatureBank,
+    frame: Frame,
+    site: Site,
+    perturbation: Perturbation,
+    reference: _Pass,
+    recovered: _Pass,
+) -> Others:
+    """What the features of a site that are not held did at the perturbed tokens."""
+    before, after = (passed.at(site).after.double() for passed in (reference, recovered))
+    added = perturbation.deltas.get(site)
+    exact = before if added is None else before + added.to(before.device, torch.float64)
+    rounding = exact.to(subject.model.dtype).double() - exact
+    there = (perturbation.positions >= 0).to(before.device)
+    return Others.between(subject.sae(site), bank, frame, before, after, rounding, there)
 
 
 def _undo(

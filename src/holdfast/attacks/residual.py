@@ -104,6 +104,7 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
         problem.held,
         {site: case.features.median_active(site) for site in problem.held},
         clamp_first,
+        problem.held if spec.constraint.sees_all or attacked.paths is not None else (),
     )
     turned = margin_in_order(case.subject, case.batch, case.edits, perturbation, not clamp_first)
     bare = Unclamped.of(setting, case, perturbation, checks.margin)
