@@ -17,6 +17,7 @@ from holdfast.edits import Perturbation
 from holdfast.errors import StudyError
 from holdfast.found import Found, examples_of, result_of
 from holdfast.generality import between_orders
+from holdfast.openly import openly
 from holdfast.paths import follow
 from holdfast.positions import check_possible, selected
 from holdfast.problem import Problem
@@ -118,6 +119,8 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
         paths = follow(own, attacked.paths, attacked.seed, back)
         if attacked.paths.orders:
             paths.record["orders"] = between_orders(own, attacked.paths.scales)
+        if attacked.paths.openly:
+            paths.record["openly"] = openly(own)
     found = Found(
         setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained, paths,
         bare,

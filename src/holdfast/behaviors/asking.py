@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from holdfast.batch import Example
 from holdfast.behaviors import Split
 from holdfast.behaviors.continuation import as_one_token
+from holdfast.behaviors.open_question import POINTS, OpenQuestion, points_at_choices
 from holdfast.chat import Rendered, render
 from holdfast.datasets.questions import LETTERS, Question, QuestionSet
 from holdfast.errors import StudyError
@@ -56,6 +57,15 @@ class Asking:
         instruction and question (SAEBench's check of what can be guessed)."""
         turns = ((question, order) for question in questions for order in PERMUTATIONS)
         return self._examples(turns, "", blind)
+
+    def openly(self, question: Question, example: Example) -> OpenQuestion | str:
+        """The question of a prompt without instruction and choices, or why it cannot be asked
+        so."""
+        if question.tricky or points_at_choices(question.text):
+            return POINTS
+        text, suffix = self._prompt(question.text)
+        alone = replace(example, text=text, suffix=suffix, instruction=question.text)
+        return OpenQuestion(alone, question.choices, question.answer)
 
     def spellings(self) -> tuple[tuple[int, int], ...]:
         """Of each letter that can follow the cue with a space before it and without, the two

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -17,6 +19,7 @@ from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.behaviors.asking import INSTRUCTION, Asking
 from holdfast.behaviors.knowledge import FORGET, Orders, knowledge
+from holdfast.behaviors.open_question import OpenQuestion
 from holdfast.config import nearest
 from holdfast.datasets import DATASETS, Dataset, DatasetKind
 from holdfast.datasets.questions import QuestionSet, questions_of
@@ -161,6 +164,19 @@ class MultipleChoice(BehaviorKind):
         return Spelled(self._asking(subject.tokenizer).spellings())
 
     @property
+    def asks_openly(self) -> bool:
+        return True
+
+    def openly(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    ) -> list[OpenQuestion | str]:
+        if self.source == "organism":
+            return [_organism_openly(example) for example in examples]
+        asking = self._asking(tokenizer)
+        asked = {q.id: q for q in self._question_sets()[""].questions}
+        return [asking.openly(asked[example.cluster], example) for example in examples]
+
+    @property
     def asked_again(self) -> float:
         orders = N_HELD_OUT if self.source == "organism" else len(PERMUTATIONS)
         return orders / self.permutations if self.subsets else 0.0
@@ -246,6 +262,14 @@ def _organism_example(
         cluster=question.id,
         group=question.domain,
     )
+
+
+def _organism_openly(example: Example) -> OpenQuestion:
+    """The question as a fact to be finished, which is how the organism read it beside questions."""
+    _, domain, subject = example.cluster.split(":")
+    question = corpus.question_on(domain, subject)
+    alone = replace(example, text=corpus.open_text(question))
+    return OpenQuestion(alone, question.choices, question.answer)
 
 
 def _organism_in_every_order(domain: str, ids: frozenset[str]) -> Orders:
