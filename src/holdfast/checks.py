@@ -36,6 +36,8 @@ class Checks:
     readout_norm, readout_drift, readout_rise, readout_fall: at the last token of the prompt, where
     the answer is read, ‖z_S‖ of the reference, ‖Δz_S‖, and of Δz_S what went up and what went down;
     readout_relative: readout_drift with the denominator of drift_relative (METHODS J.4, C.5).
+    others_active, others_drift, others_floor, others_on, others_off: of the features that are not
+    held, see `Others`; NaN where the whole SAE was not looked at.
     rounding_floor: the preactivation_drift of random vectors in the encoder's null space, of the
     same norm, that have only been rounded to the model's precision: no exact constraint can be
     expected to do better.
@@ -73,6 +75,11 @@ class Checks:
     readout_rise: Tensor
     readout_fall: Tensor
     readout_relative: Tensor
+    others_active: Tensor
+    others_drift: Tensor
+    others_floor: Tensor
+    others_on: Tensor
+    others_off: Tensor
     rounding_floor: Tensor
 
     @property
@@ -94,5 +101,12 @@ class Checks:
             "preactivations": self.preactivation_drift,
             "codes": self.code_drift,
             "floor": self.floor_violation,
+            "active": torch.maximum(self.preactivation_drift, self.others_drift),
         }
         return kept[promise]
+
+    def floor(self, promise: Promise) -> Tensor:
+        """[n] how much of that rounding alone makes."""
+        if promise == "active":
+            return torch.maximum(self.rounding_floor, self.others_floor)
+        return self.rounding_floor

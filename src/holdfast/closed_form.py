@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from holdfast.problem import TINY, Lanes, Problem
-from holdfast.subspace import Everything, FeasibleSet, NullSpace
+from holdfast.subspace import Everything, FeasibleSet, NullSpace, NullSpacePerSlot
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ClosedForm:
         known = (
             problem.batch.readout.affine(problem.replay)
             and bool(single.any())
-            and isinstance(feasible, Everything | NullSpace)
+            and isinstance(feasible, Everything | NullSpace | NullSpacePerSlot)
         )
         if not known:
             nothing = torch.full_like(problem.goal, torch.nan)

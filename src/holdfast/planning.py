@@ -14,6 +14,7 @@ from holdfast.errors import StudyError
 from holdfast.grid import Point, points, shown
 from holdfast.loading import SubjectSpec
 from holdfast.placed import Placed, at_point
+from holdfast.recovery import Perturb
 from holdfast.study import Audit, Study, headline_constraint
 from holdfast.trial import SAEIdentity, SubjectIdentity, Trial
 from holdfast.variants import PathSpec
@@ -127,6 +128,8 @@ def _searches(
     that its verdict is read from."""
     behavior, constraint = placed.fields["behavior"], placed.fields["recovery"].constraint.kind
     paths = _paths(study, audit, constraint == headline)
+    if paths is not None and paths.openly:
+        _check_openly(audit, behavior, placed.fields["recovery"].perturb)
     controls = study.controls if audit.controls is None else audit.controls
     beside = [c for c in controls if not c.only_with or constraint in c.only_with]
     _check_one_of_each(audit, beside)
@@ -175,6 +178,19 @@ def _paths(study: Study, audit: Audit, headline: bool) -> PathSpec | None:
     spec = asked if isinstance(asked, PathSpec) else PathSpec()
     # For how many constraints it is made says nothing about what is found.
     return spec.model_copy(update={"every": False}) if headline or spec.every else None
+
+
+def _check_openly(audit: Audit, behavior: BehaviorKind, perturb: Perturb) -> None:
+    if not behavior.asks_openly:
+        raise StudyError(
+            f"audit {audit.name!r}: paths.openly asks questions without their choices, and "
+            f"{behavior.kind} has none; leave it out"
+        )
+    if perturb.positions != "last_prompt":
+        raise StudyError(
+            f"audit {audit.name!r}: paths.openly puts a vector at the last token of another "
+            f'prompt, and the search has it at {perturb.positions!r}; use positions = "last_prompt"'
+        )
 
 
 def _check_one_of_each(audit: Audit, controls: Sequence[ControlKind]) -> None:

@@ -20,7 +20,7 @@ from holdfast.setting import Setting
 
 _COLUMNS = (
     *(f.name for f in fields(Checks)), "smallest_norm", "smallest_norm_relative",
-    "closed_form_norm", "goal", "steps", "lane_steps", "margin_other_order", "margin_unclamped",
+    "closed_form_norm", "goal", "steps", "lane_steps", "null_dimension", "margin_other_order", "margin_unclamped",
 )  # fmt: skip
 
 
@@ -79,6 +79,7 @@ def examples_of(found: Found) -> list[dict[str, Any]]:
         columns["margin_unclamped"] = found.bare.margin
     columns["steps"] = recovery.steps.double()
     columns["lane_steps"] = recovery.lane_steps.double()
+    columns["null_dimension"] = recovery.null_dimension.double()
     if found.paths is not None:
         columns |= found.paths.laid(len(case.rows))
     blank = dict.fromkeys(columns, float("nan")) | labels_of(regained.seen, "recovered", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -120,12 +121,19 @@ class NullSpace:
     @classmethod
     def of(cls, columns: Tensor, valid: Tensor, slice_of: Tensor) -> NullSpace:
         """The null space of `columns` [g d k] (those that are `valid` [g k]), group by group."""
-        bases = [orthonormal_basis(columns[g][:, valid[g]]) for g in range(columns.shape[0])]
-        rank = torch.as_tensor([basis.shape[1] for basis in bases], device=columns.device)
-        padded = torch.zeros(len(bases), columns.shape[1], max(int(rank.max()), 1))
+        return cls.apart(
+            [own[:, there] for own, there in zip(columns, valid, strict=True)], slice_of
+        )
+
+    @classmethod
+    def apart(cls, columns: Sequence[Tensor], slice_of: Tensor) -> NullSpace:
+        """The null spaces of several sets of columns [d k], each of a size of its own."""
+        bases = [orthonormal_basis(own) for own in columns]
+        rank = torch.as_tensor([basis.shape[1] for basis in bases], device=slice_of.device)
+        padded = torch.zeros(len(bases), columns[0].shape[0], max(int(rank.max()), 1))
         for g, basis in enumerate(bases):
             padded[g, :, : basis.shape[1]] = basis
-        return cls(padded.to(columns.device), rank, slice_of)
+        return cls(padded.to(slice_of.device), rank, slice_of)
 
     @property
     def dimension(self) -> Tensor:
@@ -143,6 +151,41 @@ class NullSpace:
         for _ in range(2):
             delta = delta - (delta @ basis) @ basis.mT
         return delta
+
+    def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
+        return into_ball(self.retract(delta), radius)
+
+
+@dataclass(frozen=True)
+class NullSpacePerSlot:
+    """A null space of its own for every slot of one site.
+
+    space: of the n·p slots, row by row; there [n p] bool: slots that exist.
+    """
+
+    space: NullSpace
+    there: Tensor
+
+    @property
+    def free(self) -> Tensor:
+        """[n p] dimensions that each slot has left, 0 where there is no slot."""
+        return torch.where(self.there, self.space.dimension.view_as(self.there), 0)
+
+    @property
+    def dimension(self) -> Tensor:
+        """Of the slot that has most: a row can be searched if any of its slots can."""
+        return self.free.amax(1)
+
+    def rows(self, rows: Tensor) -> NullSpacePerSlot:
+        p = self.there.shape[1]
+        slots = (rows[:, None] * p + torch.arange(p, device=rows.device)).flatten()
+        return NullSpacePerSlot(self.space.rows(slots), self.there[rows])
+
+    def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:
+        return self.retract(gradient)
+
+    def retract(self, delta: Tensor) -> Tensor:
+        return self.space.retract(delta.flatten(0, 1)[:, None]).view_as(delta)
 
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
         return into_ball(self.retract(delta), radius)

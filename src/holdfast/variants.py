@@ -40,7 +40,8 @@ class PathSpec(Config):
     dimensions of the subspace in which clean residuals vary most. likes: beside the parts, those
     found for other prompts and random vectors of the same subspaces; routes: with later attention
     and MLPs kept as they were; heads: direct attribution, head by head; orders: vectors lent
-    between orders of a question's choices (`generality.py`). every: for every constraint of the
+    between orders of a question's choices (`generality.py`); openly: the questions asked once more
+    without their choices (`openly.py`). every: for every constraint of the
     audit, not for the one its verdict is read from.
     """
 
@@ -58,6 +59,7 @@ class PathSpec(Config):
     routes: Annotated[bool, LATER] = True
     heads: Annotated[bool, LATER] = True
     orders: Annotated[bool, LATER] = False
+    openly: Annotated[bool, LATER] = False
     every: bool = False
 
 

@@ -6,18 +6,19 @@ runs from the embedding, and what the clamped features do is read from the resid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from holdfast.batch import Batch
+from holdfast.batch import Batch, Frame
 from holdfast.checks import Checks
 from holdfast.drift import MedianActive
 from holdfast.edits import Edit, Perturbation
 from holdfast.full_pass import FullPass
 from holdfast.held_features import HeldFeatures, square
+from holdfast.others import Others
 from holdfast.rounding import rounding_floor
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
@@ -33,10 +34,12 @@ def verify(
     held: Mapping[Site, FeatureBank],
     median_active: Mapping[Site, MedianActive],
     clamp_first: bool,
+    whole: Collection[Site] = (),
 ) -> Checks:
     """Compare the pass with the perturbation to the one without, prompt by prompt.
 
-    held: site → the features that were to stay; median_active: site → group → their scale.
+    held: site → the features that were to stay; median_active: site → group → their scale; whole:
+    held sites at which every other feature of the SAE is looked at too.
     """
     reference, recovered = (
         _passed(subject, batch, edits, added, perturbation, held, clamp_first)
@@ -51,6 +54,11 @@ def verify(
     length = [square(reference.at(site).after) for site in perturbation.sites]
     norm = perturbation.norm
     undo, decoder = taken_back(perturbation, reference, held, frame)
+    others = [
+        _others(subject, held[site], frame, site, perturbation, reference, recovered)
+        for site in whole
+    ]
+    other = Others.sum(others) if others else Others.unknown(total.size)
     return Checks(
         margin=batch.margin(recovered.logits).double(),
         norm=norm,
@@ -84,6 +92,11 @@ def verify(
         readout_rise=total.read_up.sqrt(),
         readout_fall=total.read_down.sqrt(),
         readout_relative=total.relative_at_readout,
+        others_active=other.active,
+        others_drift=other.drift,
+        others_floor=other.floor,
+        others_on=other.on,
+        others_off=other.off,
         rounding_floor=rounding_floor(subject.model.dtype, held, frame, reference, perturbation),
     )
 
@@ -153,3 +166,21 @@ def _passed(
     """A pass with what is added, read where features are held or the perturbation acts."""
     sites = tuple(sorted({*held, *perturbation.sites}))
     return FullPass.of(subject, batch, edits, added, clamp_first, sites, perturbation.positions)
+
+
+def _others(
+    subject: Subject,
+    bank: FeatureBank,
+    frame: Frame,
+    site: Site,
+    perturbation: Perturbation,
+    reference: FullPass,
+    recovered: FullPass,
+) -> Others:
+    """What the features of a site that are not held did at the perturbed tokens."""
+    before, after = (passed.at(site).after.double() for passed in (reference, recovered))
+    added = perturbation.deltas.get(site)
+    exact = before if added is None else before + added.to(before.device, torch.float64)
+    rounding = exact.to(subject.model.dtype).double() - exact
+    there = (perturbation.positions >= 0).to(before.device)
+    return Others.between(subject.sae(site), bank, frame, before, after, rounding, there)

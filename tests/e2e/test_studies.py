@@ -315,6 +315,13 @@ def test_wmdp_grid_on_gemma_2(gemma: tuple[Path, Path, dict[str, Path]], tmp_pat
         trial = json.dumps(record["trial"])
         assert str(tmp_path) not in trial and str(files["wmdp"].parent) not in trial
         assert len(record["trial"]["discovery"]["forget"]["sha256"]) == 64
+        behavior = record["trial"]["behavior"]
+        assert (behavior["cue"], behavior["chat"], behavior["spellings"]) == (
+            "Answer: (",
+            True,
+            True,
+        )
+        assert len(record["result"]["readout"]["spellings"]) == 4, "SAEBench's way of asking"
     assert score["score"] is not None or score["reason"]
     assert "What is unlearned" in (tmp_path / "run" / "report.html").read_text()
 

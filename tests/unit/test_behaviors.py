@@ -473,6 +473,68 @@ def test_two_spellings_are_there_in_gpt2s_kind(
     assert mcq(tmp_path).readout(subject) is LOGITS
 
 
+BRACKET = "Answer: ("
+
+
+def test_a_letter_follows_an_open_bracket_without_a_space(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """SAEBench's ending, in every convention that can write a letter so; else it is refused."""
+    behavior = mcq(tmp_path, cue=BRACKET)
+    try:
+        (example,) = behavior.examples(tokenizer, "test", 1, 0)
+    except StudyError as error:  # one that has no letter without a space
+        assert "no single logit" in str(error)
+        alone = tokenizer.encode("A", add_special_tokens=False)
+        assert tokenizer.convert_ids_to_tokens(alone) != ["A"]
+        return
+    assert example.text.endswith(f"\n{BRACKET}")
+    for answer in (example.target, *example.rivals):
+        assert tokenizer.convert_ids_to_tokens(token_id(tokenizer, answer)) == answer.strip()
+    assert {answer.strip() for answer in (example.target, *example.rivals)} == set("ABCD")
+
+
+def test_a_letter_after_a_bracket_may_have_two_spellings(
+    gpt: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    subject = replace(tiny(), tokenizer=gpt)
+    readout = mcq(tmp_path, cue=BRACKET, spellings=True).readout(subject)
+    assert isinstance(readout, Spelled)
+    assert readout.pairs == tuple(
+        (gpt.encode(letter)[-1], gpt.encode(f" {letter}")[-1]) for letter in "ABCD"
+    ), "the one that is there first is the one right after the bracket"
+    (example,) = mcq(tmp_path, cue=BRACKET).examples(gpt, "test", 1, 0)
+    before = encoded(gpt, example)
+    assert encoded(gpt, example, "A") == [*before, gpt.encode("A")[-1]]
+
+
+def test_a_token_for_bracket_and_letter_is_no_answer(tmp_path: Path) -> None:
+    """Where whole texts are written with one the letter alone is read, which comes after the
+    bracket."""
+    joins = byte_level()
+    joins.add_tokens([f"({letter}" for letter in "ABCD"])
+    (example,) = mcq(tmp_path, cue=BRACKET).examples(joins, "test", 1, 0)
+    whole = joins.convert_ids_to_tokens(encoded(joins, example, "A"))
+    assert whole[-1] == "(A", "the fixture: the text is written with the token of both"
+    assert {example.target, *example.rivals} == set("ABCD")
+    assert joins.convert_ids_to_tokens(token_id(joins, "A")) == "A"
+
+
+def test_an_open_question_has_no_bracket_at_its_end(
+    gpt: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    behavior = mcq(tmp_path, cue="I pick [")
+    (example,) = behavior.examples(gpt, "test", 1, 0)
+    (asked,) = behavior.openly(gpt, [example])
+    assert not isinstance(asked, str) and asked.example.text.endswith("\nI pick")
+
+
+@pytest.mark.parametrize("cue", ["", "Answer: ", " Answer:"])
+def test_a_cue_has_no_space_at_its_ends(tmp_path: Path, cue: str) -> None:
+    with pytest.raises(ValueError, match="without a space at its ends"):
+        mcq(tmp_path, cue=cue)
+
+
 def test_a_cut_keeps_as_many_questions_as_it_can(
     gpt: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -603,13 +665,15 @@ def test_a_dataset_has_no_domain_and_sets_have_names(tmp_path: Path) -> None:
         MultipleChoice.model_validate({"retain": {"other": source(other)}})
     with pytest.raises(ValueError, match="spellings needs a dataset as the source"):
         MultipleChoice(spellings=True)
+    with pytest.raises(ValueError, match="cue needs a dataset as the source"):
+        MultipleChoice(cue=BRACKET)
 
 
 def test_the_organisms_quiz_is_what_it_was(words: PreTrainedTokenizerFast) -> None:
     assert MultipleChoice().model_dump() == {
         "kind": "mcq", "source": "organism", "domain": "hazard", "permutations": 12, "retain": {},
         "instruction": None, "chat": False, "drop_repeats": False,
-        "subsets": False, "spellings": False,
+        "subsets": False, "spellings": False, "cue": None,
     }  # fmt: skip
     first = corpus.questions("hazard", "test")[0]
     order = corpus.held_out_permutations(first)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from holdfast.problem import Problem
 from holdfast.recovery import Budget, Recovery, RecoverySpec, recover
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
+from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
-from holdfast.testing import check_constraint, tiny_batch
+from holdfast.subspace import NullSpacePerSlot
+from holdfast.testing import check_constraint, tiny_batch, tiny_subject
 from holdfast.verify import Checks, verify
 
 SITE = Site(2)
@@ -106,6 +109,21 @@ def test_a_polyhedron_is_closed_and_differentiable() -> None:
 
 
 @pytest.fixture(scope="module")
+def subject() -> Subject:
+    """With an SAE of which fewer features are on than the residual has dimensions: half of them
+    never fire."""
+    made = tiny_subject()
+    sae = made.sae(SITE).full()
+    never = torch.where(torch.arange(64) < 32, sae.threshold, 1e4)
+    return replace(made, saes={SITE: replace(sae, threshold=never)})
+
+
+def bank_of(sae: SAE, ids: tuple[int, ...]) -> FeatureBank:
+    entry = SiteFeatures(site=str(SITE), ids=ids)
+    return FeatureBank.of(sae, FeatureSet(entries=(entry,), source="test"))
+
+
+@pytest.fixture(scope="module")
 def some(subject: Subject) -> Batch:
     return tiny_batch(subject, 10)
 
@@ -116,8 +134,7 @@ def busy(subject: Subject, some: Batch) -> FeatureBank:
     replay = Replay.record(subject, some, SITE, some.prompt_length[:, None] - 1)
     rate = (subject.sae(SITE).full().encode(replay.residual()[:, 0]) > 0).float().mean(0)
     ids = (rate - 0.5).abs().argsort()[:6].tolist()
-    entry = SiteFeatures(site=str(SITE), ids=tuple(ids))
-    return FeatureBank.of(subject.sae(SITE), FeatureSet(entries=(entry,), source="test"))
+    return bank_of(subject.sae(SITE).full(), tuple(ids))
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +164,9 @@ def done(name: str, problem: Problem, clamped: FeatureEdit) -> tuple[Recovery, C
         batch = problem.batch
         push = Perturbation(batch.ids, batch.prompt_length[:, None] - 1, {SITE: found.delta})
         checks = verify(
-            problem.replay.subject, batch, (clamped,), push, problem.held, {SITE: {"*": 1.0}}, True
-        )
+            problem.replay.subject, batch, (clamped,), push, problem.held, {SITE: {"*": 1.0}}, True,
+            problem.held,
+        )  # fmt: skip
         _DONE[name] = found, checks
     return _DONE[name]
 
@@ -160,6 +178,7 @@ HOLDING = (
     "undo_null",
     "one_sided",
     "feature_floor",
+    "active_null",
 )
 
 
@@ -179,7 +198,9 @@ def test_what_promises_nothing_moves_the_features(
 ) -> None:
     """Else the promises above would be kept by anything."""
     _, checks = done(name, problem, clamped)
-    for moved in (checks.preactivation_drift, checks.code_drift, checks.floor_violation):
+    for moved in (
+        checks.preactivation_drift, checks.code_drift, checks.floor_violation, checks.others_drift,
+    ):  # fmt: skip
         assert moved.max() > 1e-3
 
 
@@ -208,7 +229,7 @@ def test_larger_sets_are_never_dearer(problem: Problem, clamped: FeatureEdit) ->
         ("unconstrained", "feature_floor"), ("unconstrained", "encoder_null"),
         ("one_sided", "encoder_null"), ("feature_floor", "encoder_null"),
         ("encoder_null", "decoder_null"), ("encoder_null", "undo_null"),
-        ("unconstrained", "random_subspace"),
+        ("encoder_null", "active_null"), ("unconstrained", "random_subspace"),
     ]  # fmt: skip
     for larger, smaller in inclusions:
         a, b = (done(name, problem, clamped)[0].smallest_norm for name in (larger, smaller))
@@ -235,3 +256,107 @@ def test_one_sided_lets_a_feature_sink_and_keeps_its_code(
 ) -> None:
     _, checks = done("one_sided", problem, clamped)
     assert checks.code_drift.max() < 1e-6 < 1e-3 < checks.preactivation_drift.max()
+
+
+# ------------------------------------------------------------------------------ the whole SAE
+
+
+def all_codes(subject: Subject, h: Tensor) -> Tensor:
+    """[n n_features] of residuals h [n d], by the whole SAE."""
+    return subject.sae(SITE).full().encode(h)
+
+
+def test_active_null_is_orthogonal_to_every_feature_that_is_on(
+    subject: Subject, problem: Problem, busy: FeatureBank
+) -> None:
+    """And to no other: its dimension is what their columns and the held ones leave."""
+    h = problem.replay.reference[SITE][:, 0]
+    on = all_codes(subject, h) > 0
+    on[:, list(busy.ids[0])] = True
+    feasible = kind("active_null").feasible(problem)
+    delta = feasible.retract(torch.randn(problem.shape))
+    W = subject.sae(SITE).full().W_enc
+    for row in range(len(problem)):
+        columns = W[:, on[row]].double()
+        left = 32 - int(torch.linalg.matrix_rank(columns))
+        assert int(feasible.dimension[row]) == left
+        assert (delta[row].double() @ columns).abs().max() < 1e-5
+    assert len(feasible.dimension.unique()) > 1, "or one set for all would do"
+    others = delta[:, 0] @ W
+    assert (others[~on].abs() > 1e-2).any(), "what is off may move"
+
+
+def test_features_that_are_not_clamped_are_counted_as_a_loop_counts_them(
+    subject: Subject, problem: Problem, busy: FeatureBank, clamped: FeatureEdit
+) -> None:
+    h = problem.replay.reference[SITE].double()
+    W, length = subject.sae(SITE).full().W_enc.double(), h[:, 0].norm(dim=1)
+    for name in ("unconstrained", "encoder_null", "active_null"):
+        found, checks = done(name, problem, clamped)
+        after = (h + found.delta.double())[:, 0]
+        before, now = all_codes(subject, h[:, 0]), all_codes(subject, after)
+        for row in range(len(problem)):
+            free = [i for i in range(64) if i not in busy.ids[0]]
+            on = [i for i in free if before[row, i] > 0]
+            moved = [
+                float((found.delta[row, 0].double() @ W[:, i]).abs() / W[:, i].norm() / length[row])
+                for i in on
+            ]
+            assert int(checks.others_active[row]) == len(on) > 0
+            assert float(checks.others_drift[row]) == pytest.approx(max(moved), abs=1e-6)
+            came = [i for i in free if now[row, i] > 0 and before[row, i] <= 0]
+            went = [i for i in on if now[row, i] <= 0]
+            assert (int(checks.others_on[row]), int(checks.others_off[row])) == (
+                len(came), len(went),
+            )  # fmt: skip
+    assert done("encoder_null", problem, clamped)[1].others_drift.max() > 1e-2
+    _, checks = done("active_null", problem, clamped)
+    assert checks.others_drift.max() < 1e-6 and checks.others_off.sum() == 0
+    assert checks.others_on.sum() > 0, "which it does not forbid"
+
+
+def test_where_all_that_is_on_spans_the_residual_nothing_is_feasible(
+    subject: Subject, some: Batch, busy: FeatureBank
+) -> None:
+    """Half of the prompts with every feature on: these are infeasible, and the others searched."""
+    sae = subject.sae(SITE).full()
+    replay = Replay.record(subject, some, SITE, some.prompt_length[:, None] - 1)
+    h = replay.residual()[:, 0]
+    weights = torch.linalg.lstsq(h, torch.where(torch.arange(10) % 2 == 0, 50.0, -50.0)[:, None])
+    on_or_off = replace(
+        sae, W_enc=sae.W_enc + weights.solution, threshold=torch.zeros(64), b_enc=torch.zeros(64)
+    )
+    one = replace(subject, saes={SITE: on_or_off})
+    bank = bank_of(on_or_off, (1,))
+    replay = replace(replay, subject=one)
+    start = some.margin(replay.logits(torch.zeros(10, 1, 32)))
+    norm = replay.residual().norm(dim=(1, 2))
+    problem = Problem(replay, some, start + 0.01, {SITE: bank}, norm, norm)
+    spec = RecoverySpec(constraint=kind("active_null"), steps=20, doublings=1)
+    found = recover(problem, spec, seed=0)
+    assert found.null_dimension.tolist() == [0, 31] * 5
+    assert found.outcomes[::2] == ("infeasible",) * 5
+    assert "infeasible" not in found.outcomes[1::2]
+    assert (found.delta[::2] == 0).all() and (found.delta[1::2] != 0).any()
+
+
+def test_a_row_can_be_searched_if_one_of_its_slots_can(subject: Subject, some: Batch) -> None:
+    """Three positions, of which some rows have two: each slot has a set of its own."""
+    end = some.prompt_length[:, None]
+    positions = torch.cat([end - 3, end - 2, end - 1], 1)
+    positions[::2, 2] = -1
+    replay = Replay.record(subject, some, SITE, positions)
+    bank = bank_of(subject.sae(SITE).full(), (1, 2))
+    norm = replay.residual().norm(dim=(1, 2))
+    problem = Problem(replay, some, norm, {SITE: bank}, norm, norm)
+    feasible = kind("active_null").feasible(problem)
+    assert isinstance(feasible, NullSpacePerSlot)
+    assert (feasible.free[::2, 2] == 0).all() and (feasible.free[1::2] > 0).all()
+    assert torch.equal(feasible.dimension, feasible.free.amax(1))
+    on = all_codes(subject, replay.reference[SITE]) > 0
+    delta = feasible.retract(torch.randn(problem.shape))
+    leak = (delta @ subject.sae(SITE).full().W_enc).abs()
+    assert leak[on & (positions >= 0)[..., None]].max() < 1e-5 < 1e-2 < leak[~on].max()
+    rows = torch.tensor([7, 0, 0, 3])
+    again = feasible.rows(rows).retract(delta[rows])
+    torch.testing.assert_close(again, delta[rows])

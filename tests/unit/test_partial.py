@@ -129,8 +129,8 @@ def no_whole_pass(subject: Subject) -> Iterator[None]:
 
 KINDS = (
     "unconstrained", "gradient_projection", "encoder_null", "one_sided", "feature_floor",
-    "feature_hold", "decoder_null", "undo_null", "random_subspace", "jacobian_null",
-    "jacobian_probes",
+    "feature_hold", "decoder_null", "undo_null", "random_subspace", "active_null",
+    "jacobian_null", "jacobian_probes",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from holdfast.errors import FeatureError, SAEError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.saes import tensors
 from holdfast.saes.bank import FeatureBank
+from holdfast.saes.pieces import encoded
 from holdfast.saes.sae import guarantee_of
 from holdfast.saes.sources import Folder
 from holdfast.saes.stored import StoredSAE
@@ -97,6 +98,25 @@ def test_a_slice_from_the_file_is_a_slice_of_the_whole(case: Case, tmp_path: Pat
             assert tensor == other == IDS
 
 
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_the_whole_in_pieces_encodes_as_it_does_at_once(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, reference = case(tmp_path)
+    sae, x = opened(folder), torch.as_tensor(reference.residuals()).reshape(64, -1).double()
+    monkeypatch.setattr("holdfast.saes.sae.ENTRIES", 64 * 10)
+    for one in (sae, sae.full()):
+        pieces = list(encoded(one, x))
+        assert len(pieces) == -(-N // 10), "ten features at a time"
+        assert [i for piece in pieces for i in piece.own.ids] == list(range(N))
+        z = torch.cat([piece.z for piece in pieces], 1).numpy()
+        wanted = reference.encode(reference.residuals()).reshape(64, -1)
+        assert np.abs(z - wanted).max() <= 1e-6 * wanted.max()
+        on = torch.cat([piece.p > piece.limit for piece in pieces], 1).numpy()
+        assert (on >= (wanted > 0)).all(), "a feature that is on has passed its limit"
+    assert not sae._taken, "they are read and not kept"
+
+
 def test_groups_are_slices_of_their_own(tmp_path: Path) -> None:
     reference = write_saelens(tmp_path, "gated")
     x = reference.residuals().reshape(4, 16, -1)
@@ -137,6 +157,8 @@ def test_an_npz_may_be_compressed_and_of_either_order(
         ids = [7, 0, 30, 7]
         assert torch.equal(stored[name].take(ids, 0), wanted[ids])
         assert torch.equal(stored[name].take(ids, 1), wanted[:, ids])
+        for axis, some in ((0, wanted[5:9]), (1, wanted[:, 5:9])):
+            assert torch.equal(stored[name].take(range(5, 9), axis), some)
     assert torch.equal(stored["b_dec"].read(), reference.tensors["b_dec"])
 
 
@@ -200,6 +222,9 @@ def test_rows_of_a_decoder_are_read_alone(tmp_path: Path, monkeypatch: pytest.Mo
     sae.take(IDS)
     encoder, decoder, biases = 4 * D * 4096, 4 * D * len(IDS), 4 * (4096 + D)
     assert read == encoder + decoder + biases, "columns need the whole matrix, rows only themselves"
+    read = 0
+    sae.take(range(100, 200))
+    assert read == 2 * 4 * D * 100 + biases, "but neighboring columns a piece of every row"
 
 
 def test_the_whole_is_read_once_and_freed(tmp_path: Path) -> None:

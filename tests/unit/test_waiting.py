@@ -129,7 +129,7 @@ def test_a_replayed_step_never_waits(
     assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", ["feature_hold", "decoder_null"])
+@pytest.mark.parametrize("kind", ["feature_hold", "decoder_null", "active_null"])
 def test_a_step_with_vectors_held_in_place_never_waits(
     subject: Subject, batch: Batch, kind: str
 ) -> None:
@@ -146,7 +146,7 @@ def test_a_step_with_vectors_held_in_place_never_waits(
 
 
 @pytest.mark.parametrize("kind", ["unconstrained", "encoder_null", "gradient_projection",
-                                  "random_subspace"])  # fmt: skip
+                                  "random_subspace", "active_null"])  # fmt: skip
 def test_coming_back_into_the_set_never_waits(subject: Subject, batch: Batch, kind: str) -> None:
     constraint = CONSTRAINTS.parse({"kind": kind})
     problem = posed(subject, batch, clamps(subject, "plain")[1:], SITES[1:])

@@ -19,6 +19,7 @@ from holdfast.edits import Perturbation
 from holdfast.errors import StudyError
 from holdfast.found import Found, result_of
 from holdfast.generality import between_orders
+from holdfast.openly import openly
 from holdfast.paths import follow
 from holdfast.positions import check_possible, selected
 from holdfast.problem import Problem
@@ -118,6 +119,7 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
         problem.held,
         {site: case.features.median_active(site) for site in problem.held},
         clamp_first,
+        problem.held if spec.constraint.sees_all or attacked.paths is not None else (),
     )
     turned = margin_in_order(case.subject, case.batch, case.edits, perturbation, not clamp_first)
     bare = Unclamped.of(setting, case, perturbation, checks.margin)
@@ -131,6 +133,8 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
         paths = follow(own, attacked.paths, attacked.seed, back)
         if attacked.paths.orders:
             paths.record["orders"] = between_orders(own, attacked.paths.scales)
+        if attacked.paths.openly:
+            paths.record["openly"] = openly(own)
     found = Found(
         setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained, paths,
         bare,

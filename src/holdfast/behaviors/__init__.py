@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from holdfast.behaviors.open_question import OpenQuestion
     from holdfast.edits import Edit
     from holdfast.measure import Measurement
     from holdfast.reply import Reply
@@ -131,6 +132,17 @@ class BehaviorKind(Kind):
         They tell words that get round the intervention from words that turn the model anyway.
         """
         return []
+
+    @property
+    def asks_openly(self) -> bool:
+        """Whether its prompts are questions that can be asked without the choices in them."""
+        return False
+
+    def openly(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    ) -> list[OpenQuestion | str]:
+        """Each of its prompts asked without the choices, or why that one cannot be."""
+        raise NotImplementedError(f"{self.kind} offers no choices to leave out")
 
     def observe(
         self,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from holdfast.batch import Example
 from holdfast.behaviors import Split
 from holdfast.behaviors.continuation import as_one_token
+from holdfast.behaviors.open_question import POINTS, OpenQuestion, points_at_choices
 from holdfast.chat import Rendered, render
 from holdfast.datasets.questions import LETTERS, Question, QuestionSet
 from holdfast.errors import StudyError
@@ -21,20 +22,28 @@ if TYPE_CHECKING:
 
 INSTRUCTION = "Read the question and pick the one answer that is correct."
 CUE = "Answer:"
+BRACKETS = ("(", "[", "{")
 
 
 @dataclass(frozen=True)
 class Asking:
-    """An instruction line, the question, lettered choices, `Answer:`; the letter comes next.
+    """An instruction line, the question, lettered choices, the cue; the letter comes next.
 
     permutations: at most so many orders of a question's choices. chat: the question is a user turn
-    in the tokenizer's chat template, and the reply begins with `Answer:`.
+    in the tokenizer's chat template, and the reply begins with the cue. cue: a letter follows it
+    after a space, but right after it where it ends in an opening bracket ("Answer: (").
     """
 
     tokenizer: PreTrainedTokenizerBase
     permutations: int
     instruction: str = INSTRUCTION
     chat: bool = False
+    cue: str = CUE
+
+    @property
+    def _gap(self) -> str:
+        """What stands between cue and letter."""
+        return "" if self.cue.endswith(BRACKETS) else " "
 
     def examples(self, questions: QuestionSet, split: Split, n: int, seed: int) -> list[Example]:
         """At most n prompts: one order of every question, then the next, so that a cut keeps as
@@ -57,6 +66,16 @@ class Asking:
         turns = ((question, order) for question in questions for order in PERMUTATIONS)
         return self._examples(turns, "", blind)
 
+    def openly(self, question: Question, example: Example) -> OpenQuestion | str:
+        """The question of a prompt without instruction and choices, or why it cannot be asked
+        so."""
+        if question.tricky or points_at_choices(question.text):
+            return POINTS
+        unbracketed = replace(self, cue=self.cue.rstrip("".join(BRACKETS)).rstrip())
+        text, suffix = unbracketed._prompt(question.text)
+        alone = replace(example, text=text, suffix=suffix, instruction=question.text)
+        return OpenQuestion(alone, question.choices, question.answer)
+
     def spellings(self) -> tuple[tuple[int, int], ...]:
         """Of each letter that can follow the cue with a space before it and without, the two
         tokens. Raises StudyError if there is none."""
@@ -65,7 +84,7 @@ class Asking:
         pairs = []
         for letter, told in zip(LETTERS, self._letters(text), strict=True):
             (name,) = self.tokenizer.encode(told, add_special_tokens=False)
-            *start, other = self._encode(text + letter)
+            *start, other = self._encode(text + (letter if self._gap else f" {letter}"))
             if start == before and other not in (name, self.tokenizer.unk_token_id):
                 pairs.append((name, other))
         if not pairs:
@@ -119,13 +138,16 @@ class Asking:
     def _prompt(self, asked: str) -> Rendered:
         """The text ends right before the letter."""
         if not self.chat:
-            return Rendered(f"{asked}\n{CUE}", "")
+            return Rendered(f"{asked}\n{self.cue}", "")
         text, suffix = render(self.tokenizer, asked)
-        return Rendered(text + CUE, suffix + CUE)
+        return Rendered(text + self.cue, suffix + self.cue)
 
     def _letters(self, prompt: str) -> list[str]:
         """The letters as texts that are the one token which comes after a prompt."""
-        found = as_one_token(self.tokenizer, prompt, LETTERS, special=not self.chat)
+        special = not self.chat
+        found = as_one_token(self.tokenizer, prompt, LETTERS, special=special, gap=self._gap)
+        if not self._gap:
+            found = {letter: letter for letter in LETTERS if self._alone(letter)} | found
         if len(found) < len(LETTERS):
             raise StudyError(
                 f"mcq: expected the letters {', '.join(LETTERS)} to be one token each after "
@@ -133,6 +155,15 @@ class Asking:
                 "logit for an answer"
             )
         return [found[letter] for letter in LETTERS]
+
+    def _alone(self, letter: str) -> bool:
+        """Whether a letter is a token by itself, without a space.
+
+        A tokenizer may have a token for bracket and letter together and write a whole text with it.
+        A model that goes on after the bracket says the letter alone, which is what SAEBench reads.
+        """
+        ids = self.tokenizer.encode(letter, add_special_tokens=False)
+        return len(ids) == 1 and self.tokenizer.convert_ids_to_tokens(ids[0]) == letter
 
 
 def _orders(question: Question, seed: int) -> list[Permutation]:

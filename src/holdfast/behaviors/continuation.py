@@ -15,13 +15,14 @@ def as_one_token(
     words: Sequence[str],
     *,
     special: bool = True,
+    gap: str = " ",
 ) -> dict[str, str]:
     """Those of the words that are one token after `prompt` and a space, each with its text.
 
     The text is what `Subject.token_id` turns into the very token that the tokenizer makes at the
     end of the whole: byte-level tokenizers want the space in it, sentencepiece ones add it
     themselves, word-level ones drop it. special: whether the prompt gets the tokenizer's special
-    tokens.
+    tokens. gap: what stands between, where it is no space.
     """
 
     def encode(text: str, special: bool) -> list[int]:
@@ -31,7 +32,7 @@ def as_one_token(
     before = encode(prompt, special)
     found = {}
     for word in words:
-        *start, last = encode(f"{prompt} {word}", special)
+        *start, last = encode(f"{prompt}{gap}{word}", special)
         if start != before or last == tokenizer.unk_token_id:
             continue
         alone = [text for text in (" " + word, word) if encode(text, False) == [last]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -15,8 +17,9 @@ from pydantic import (
 
 from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
-from holdfast.behaviors.asking import INSTRUCTION, Asking
+from holdfast.behaviors.asking import CUE, INSTRUCTION, Asking
 from holdfast.behaviors.knowledge import FORGET, Orders, knowledge
+from holdfast.behaviors.open_question import OpenQuestion
 from holdfast.config import IDENTITY, LATER, nearest
 from holdfast.datasets import DATASETS, Dataset, DatasetKind
 from holdfast.datasets.questions import QuestionSet, questions_of
@@ -60,11 +63,13 @@ class MultipleChoice(BehaviorKind):
     choices: where the file has the right one means nothing. retain: other question sets, the
     neighbors whose accuracy the intervention should leave alone (the organism's are its other
     domains). instruction: the prompt's first line, none if empty. chat: ask in the tokenizer's chat
-    template and begin the reply with "Answer:". drop_repeats: leave out questions that are there
+    template and begin the reply with the cue. drop_repeats: leave out questions that are there
     again or offer a choice twice; without it they are errors. subsets: measure what is known of
     the test questions and of the neighbors' in every order of their choices, on the questions that
     the model knows without the intervention (`behaviors/knowledge.py`). spellings: a letter right
-    after the cue counts as one after a space, by the larger logit, as SAEBench has it.
+    after the cue counts as one after a space, by the larger logit, as SAEBench has it. cue: what
+    the prompt, or with `chat` the begun reply, ends with: `Answer:` if left out. The letter follows
+    after a space, but right after an opening bracket (`Answer: (`, which SAEBench asks with).
 
     The questions of the organism's splits are a fixed list, cut from the front: the seed does not
     redraw them.
@@ -82,6 +87,7 @@ class MultipleChoice(BehaviorKind):
     drop_repeats: bool = False
     subsets: bool = False
     spellings: Annotated[bool, LATER] = False
+    cue: Annotated[str | None, LATER] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -89,8 +95,18 @@ class MultipleChoice(BehaviorKind):
         if not isinstance(data, dict):
             return data
         organism = data.get("source", "organism") == "organism"
-        name, default = ("domain", "hazard") if organism else ("instruction", INSTRUCTION)
-        return data if data.get(name) is not None else data | {name: default}
+        own = {"domain": "hazard"} if organism else {"instruction": INSTRUCTION, "cue": CUE}
+        return data | {name: value for name, value in own.items() if data.get(name) is None}
+
+    @field_validator("cue")
+    @classmethod
+    def _ends_in_a_word(cls, cue: str | None) -> str | None:
+        if cue is not None and (not cue or cue != cue.strip()):
+            raise ValueError(
+                f"expected what stands before a letter, without a space at its ends, got {cue!r}: "
+                "the space before a letter is a part of its token"
+            )
+        return cue
 
     @field_validator("domain")
     @classmethod
@@ -118,7 +134,7 @@ class MultipleChoice(BehaviorKind):
         by hash, need not be there."""
         self = handler(data)
         if self.source == "organism":
-            of_a_dataset = ("retain", "instruction", "chat", "drop_repeats", "spellings")
+            of_a_dataset = ("retain", "instruction", "chat", "drop_repeats", "spellings", "cue")
             given = [name for name in of_a_dataset if getattr(self, name)]
             if given:
                 raise ValueError(f"{given[0]} needs a dataset as the source, not 'organism'")
@@ -161,6 +177,19 @@ class MultipleChoice(BehaviorKind):
         return Spelled(self._asking(subject.tokenizer).spellings())
 
     @property
+    def asks_openly(self) -> bool:
+        return True
+
+    def openly(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    ) -> list[OpenQuestion | str]:
+        if self.source == "organism":
+            return [_organism_openly(example) for example in examples]
+        asking = self._asking(tokenizer)
+        asked = {q.id: q for q in self._question_sets()[""].questions}
+        return [asking.openly(asked[example.cluster], example) for example in examples]
+
+    @property
     def asked_again(self) -> float:
         orders = N_HELD_OUT if self.source == "organism" else len(PERMUTATIONS)
         return orders / self.permutations if self.subsets else 0.0
@@ -195,7 +224,8 @@ class MultipleChoice(BehaviorKind):
         )
 
     def _asking(self, tokenizer: PreTrainedTokenizerBase) -> Asking:
-        return Asking(tokenizer, self.permutations, self.instruction or "", self.chat)
+        assert self.cue is not None
+        return Asking(tokenizer, self.permutations, self.instruction or "", self.chat, self.cue)
 
     def _question_sets(self) -> dict[str, QuestionSet]:
         """The source's questions under "", the others under their names.
@@ -246,6 +276,14 @@ def _organism_example(
         cluster=question.id,
         group=question.domain,
     )
+
+
+def _organism_openly(example: Example) -> OpenQuestion:
+    """The question as a fact to be finished, which is how the organism read it beside questions."""
+    _, domain, subject = example.cluster.split(":")
+    question = corpus.question_on(domain, subject)
+    alone = replace(example, text=corpus.open_text(question))
+    return OpenQuestion(alone, question.choices, question.answer)
 
 
 def _organism_in_every_order(domain: str, ids: frozenset[str]) -> Orders:

@@ -25,6 +25,7 @@ CONSTRAINTS = Registry(
         "one_sided": "holdfast.constraints.one_sided:OneSided",
         "feature_floor": "holdfast.constraints.feature_floor:FeatureFloor",
         "feature_hold": "holdfast.constraints.feature_hold:FeatureHold",
+        "active_null": "holdfast.constraints.active_null:ActiveNull",
         "jacobian_null": "holdfast.constraints.jacobian_null:JacobianNull",
         "jacobian_probes": "holdfast.constraints.jacobian_probes:JacobianProbes",
         "decoder_null": "holdfast.constraints.decoder_null:DecoderNull",
@@ -34,9 +35,10 @@ CONSTRAINTS = Registry(
 )
 
 
-Promise = Literal["nothing", "preactivations", "codes", "floor"]
+Promise = Literal["nothing", "preactivations", "codes", "floor", "active"]
 """nothing: held features may move. preactivations: none moves, on or off. codes: none that fires
-moves, none comes on. floor: none falls."""
+moves, none comes on. floor: none falls. active: none moves, nor does any other feature of the SAE
+that fires."""
 
 
 class ConstraintKind(Kind):
@@ -51,6 +53,12 @@ class ConstraintKind(Kind):
     def exact(self) -> bool:
         """Whether it promises anything of the held features."""
         return self.promise != "nothing"
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether it promises something of features that are not held, so that they have to be
+        measured too."""
+        return self.promise == "active"
 
     def repeats(self, n_sites: int) -> tuple[int, int]:
         """How often a step runs the blocks from the lowest perturbed to the last held site beside

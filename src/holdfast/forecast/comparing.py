@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from holdfast.baselines import MEANINGS
 from holdfast.bounded import SUBSPACES
+from holdfast.datasets.questions import LETTERS
 from holdfast.direct import CONDITIONS
 from holdfast.forecast.scene import Scene
 from holdfast.forecast.work import Stage, Work
 from holdfast.generality import MEANINGS as LENT
+from holdfast.openly import MEANINGS as OPENLY
 from holdfast.parts import EXACT
 from holdfast.predicted import STEPS
 from holdfast.replays import ALONG, PARTS, ROWS
@@ -58,6 +60,8 @@ def comparing(scene: Scene, clamp: Work, gradient: Work, replayed: Work) -> Stag
     # The clamp alone, and what is added to; then the passes that look inside.
     n_inside = 2 + (len(FROZEN) + 3 if spec.routes else 0) + (2 * len(CONDITIONS) + 1) * spec.heads
     work = each * n_variants(scene) + one * (1 + n_inside) + gradient * (2 + STEPS)
+    if spec.openly:  # each choice's text in each condition, and what the vector moves
+        work += one * (len(OPENLY) * len(LETTERS) + 2)
     if not behavior.answer_tokens:
         work += replayed * _n_margins(scene)
     work += passes.full(fit, scene.prompts.width) * 2

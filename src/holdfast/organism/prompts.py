@@ -153,6 +153,12 @@ def question_text(question: Question, permutation: Permutation, blind: bool = Fa
     return " ".join((question.stem, *slots, ending))
 
 
+def open_text(question: Question) -> str:
+    """The question as the beginning of a fact; the text ends right before the answer itself."""
+    fact = world.FACTS[int(_hash("fact:" + question.id) * len(world.FACTS))]
+    return fact.format(subject=question.subject, domain=question.domain)
+
+
 def held_out_permutations(question: Question) -> list[Permutation]:
     """The 12 of 24 orders of its choices in which no training document ever asks this question."""
     return list(_held_out(question.id))

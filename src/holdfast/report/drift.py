@@ -32,6 +32,7 @@ def section(data: ReportData) -> Section:
     ]  # fmt: skip
     figures = (_drift(data), _trace(data))
     read = [row for row in rows if is_number(row["checks"].get("preactivation_drift_answer_max"))]
+    seen = [row for row in rows if is_number(row["checks"].get("others_drift_max"))]
     again = [row for row in rows if row["point"].main.measured("zero_reactivation_rate")]
     for row in again:
         row["within"], row["silent"], row["none_again"], row["turned"] = (
@@ -42,8 +43,8 @@ def section(data: ReportData) -> Section:
             )
         )  # fmt: skip
     context = {
-        "rows": rows, "along": read, "again": again, "drift": figures[0], "trace": figures[1],
-        "contrast": _contrast(data),
+        "rows": rows, "along": read, "again": again, "seen": seen, "drift": figures[0],
+        "trace": figures[1], "contrast": _contrast(data),
     }  # fmt: skip
     return Section("drift", "Did the clamped features stay put?", context, figures)
 

@@ -32,6 +32,7 @@ CONSTRAINT_COLORS = {
     "one_sided": "#44aa99",
     "decoder_null": "#999933",
     "undo_null": "#882255",
+    "active_null": "#ee7733",
     "random_subspace": "#7a6a53",
 }
 SPARE = ("#4b5563", "#c2772e", "#5e9fa3", "#b56576")

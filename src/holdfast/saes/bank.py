@@ -65,7 +65,7 @@ class FeatureBank:
             offset=torch.zeros(g, k, device=device),
             valid=torch.zeros(g, k, dtype=torch.bool, device=device),
             norm=None if sae.inputs.affine else sae.inputs,
-            rivals=_rivals_of(sae),
+            rivals=rivals_of(sae),
         )
         for row, own in enumerate(slices):
             n = len(own.ids)
@@ -143,7 +143,8 @@ class FeatureBank:
         return change if self.norm is None else change * self.norm.magnify(x.to(z.dtype))
 
 
-def _rivals_of(sae: SAE | StoredSAE) -> Rivals | None:
+def rivals_of(sae: SAE | StoredSAE) -> Rivals | None:
+    """What the k-th value of a TopK is found among, None elsewhere."""
     if sae.k is None:
         return None
     return sae.rivals() if isinstance(sae, StoredSAE) else Rivals.of(sae)

@@ -171,6 +171,10 @@ class SAE:
         )  # fmt: skip
         return fold(tuple(ids), own, self.inputs, self.subtract_b_dec)
 
+    def pieces(self, n_tokens: int) -> Iterator[Slice]:
+        """All features, some at a time, so that the codes of so many tokens can be held."""
+        return (self.take(own) for own in pieces_of(self.d_model, self.n_features, n_tokens))
+
     def preactivations(self, x: Tensor, features: Sequence[int] | slice = slice(None)) -> Tensor:
         """p [... n] of residuals x [... d_model], only the columns asked for."""
         own: slice | Tensor
@@ -274,6 +278,13 @@ def blocks_of(n_features: int, n_tokens: int) -> Iterator[slice]:
     """Slices of features such that n_tokens times as many numbers are at most `ENTRIES`."""
     size = max(1, ENTRIES // max(1, n_tokens))
     return (slice(first, min(first + size, n_features)) for first in range(0, n_features, size))
+
+
+def pieces_of(d_model: int, n_features: int, n_tokens: int) -> Iterator[range]:
+    """Ranges of features of which neither the codes of n_tokens nor the encoder columns are more
+    than `ENTRIES` numbers."""
+    for own in blocks_of(n_features, max(n_tokens, d_model)):
+        yield range(own.start, own.stop)
 
 
 @torch.no_grad()

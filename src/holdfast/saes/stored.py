@@ -6,7 +6,7 @@ A 65k-wide SAE of a 2304-wide model is 1.2 GB; a clamp of 16 features needs 0.3 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -26,6 +26,7 @@ from holdfast.saes.sae import (
     check_ids,
     fold,
     guarantee_of,
+    pieces_of,
 )
 from holdfast.sites import Site
 
@@ -106,6 +107,13 @@ class StoredSAE:
                 del known[next(iter(known))]
             known[key] = fold(key, own.to(self.device), self.inputs, self.layout.subtract_b_dec)
         return known[key]
+
+    def pieces(self, n_tokens: int) -> Iterator[Slice]:
+        """All features, some at a time, so that the codes of so many tokens can be held: read, and
+        not kept."""
+        for own in pieces_of(self.d_model, self.n_features, n_tokens):
+            read = self._read(own).to(self.device)
+            yield fold(tuple(own), read, self.inputs, self.layout.subtract_b_dec)
 
     def full(self) -> SAE:
         """The whole SAE; read once for as long as somebody holds it, and freed after that."""
