@@ -108,12 +108,11 @@ def _of_slots(
     moved = (h + delta).to(dtype).float()
     active = (sae.encode(h) > 0) | (sae.encode(moved) > 0)
     vectors = torch.stack([delta.double(), noise.double()], 1)  # [m 2 d]
-    columns = sae.inputs.fold(sae.W_enc) if sae.inputs.affine else sae.W_enc
     code = pursue(delta, sae.W_dec, atoms)
     bases: dict[str, Iterator[Tensor]] = {
-        "seen": (_basis(sae.W_dec[on].T) for on in active),
-        "sparse": (_basis(sae.W_dec[own[own >= 0]].T) for own in code.atoms),
-        "encoder": (_basis(columns[:, on]) for on in active),
+        "seen": (_basis(sae.rows(on).T) for on in active),
+        "sparse": (_basis(sae.rows(own[own >= 0]).T) for own in code.atoms),
+        "encoder": (_basis(_columns(sae, on)) for on in active),
     }
     if components is not None:
         bases["principal"] = (components.to(delta.device) for _ in delta)
@@ -129,6 +128,12 @@ def _of_slots(
         length = part.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True).clamp_min(1e-30)
         made[name] = part, torch.as_tensor(rank, device=delta.device), random * length
     return made
+
+
+def _columns(sae: SAE, on: Tensor) -> Tensor:
+    """[d_model r] encoder columns as they read the residual, of the features `on` [n_features]."""
+    columns = sae.W_enc[:, on].float()
+    return sae.inputs.fold(columns) if sae.inputs.affine else columns
 
 
 def _at_once(sae: SAE) -> int:

@@ -162,7 +162,7 @@ def _slots(
     rest = change.masked_fill(own, 0.0)
     most = rest.abs().topk(min(n_top, sae.n_features), -1).indices
     clamped, other = _decoded(change - rest, sae), _decoded(rest, sae)
-    top = torch.einsum("mk,mkd->md", rest.gather(1, most), sae.W_dec[most]).double()
+    top = torch.einsum("mk,mkd->md", rest.gather(1, most), sae.rows(most)).double()
     seen, rank = _projected(sae, delta.double(), (before > 0) | (after > 0))
     delta = delta.double()
     parts = (clamped, other, delta - clamped - other, seen, delta - seen)
@@ -187,7 +187,7 @@ def _scale(sae: SAE, x: Tensor) -> Tensor | float:
 
 
 def _decoded(codes: Tensor, sae: SAE) -> Tensor:
-    return (codes @ sae.W_dec).double()
+    return sae.written(codes).double()
 
 
 def _projected(sae: SAE, delta: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ def _projected(sae: SAE, delta: Tensor, active: Tensor) -> tuple[Tensor, Tensor]
     dimension of their span."""
     seen, rank = [], []
     for vector, on in zip(delta, active, strict=True):
-        basis = orthonormal_basis(sae.W_dec[on].T).double().to(delta.device)
+        basis = orthonormal_basis(sae.rows(on).T).double().to(delta.device)
         seen.append((vector @ basis) @ basis.T)
         rank.append(basis.shape[1])
     return torch.stack(seen), torch.as_tensor(rank, device=delta.device)

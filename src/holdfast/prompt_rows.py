@@ -20,7 +20,8 @@ from holdfast.setting import Setting
 
 _COLUMNS = (
     *(f.name for f in fields(Checks)), "smallest_norm", "smallest_norm_relative",
-    "closed_form_norm", "goal", "steps", "lane_steps", "null_dimension", "margin_other_order", "margin_unclamped",
+    "closed_form_norm", "goal", "steps", "lane_steps", "null_dimension",
+    "margin_other_order", "margin_unclamped",
 )  # fmt: skip
 
 

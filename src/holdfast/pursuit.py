@@ -31,14 +31,14 @@ class Code:
 
 
 def pursue(targets: Tensor, rows: Tensor, k: int) -> Code:
-    """Codes of at most k rows for targets [m d] over rows [n_rows d]; fewer where no row is left
-    that points along what remains."""
+    """Codes of at most k rows for targets [m d] over rows [n_rows d], which may be kept in half
+    precision; fewer where no row is left that points along what remains."""
     (m, d), k = targets.shape, min(k, len(rows))
     if m > (size := max(1, _ENTRIES // (k * d))):
         codes = [pursue(some, rows, k) for some in targets.split(size)]
         return Code(*(torch.cat([getattr(c, f.name) for c in codes]) for f in fields(Code)))
     x, device = targets.double(), targets.device
-    length = rows.norm(dim=1)
+    length = torch.cat([some.float().norm(dim=1) for some in rows.split(max(1, _ENTRIES // d))])
     atoms = torch.full((m, k), -1, dtype=torch.long, device=device)
     units = torch.zeros(m, k, d, dtype=torch.float64, device=device)
     weights = torch.zeros(m, k, dtype=torch.float64, device=device)
@@ -70,8 +70,9 @@ def _most_along(left: Tensor, rows: Tensor, length: Tensor, taken: Tensor) -> tu
     index = torch.zeros(len(left), dtype=torch.long, device=left.device)
     at = torch.arange(len(left), device=left.device)
     small = left.float()
-    for chunk in torch.arange(len(rows), device=left.device).split(max(1, _ENTRIES // len(left))):
-        scores = small @ rows[chunk].T / length[chunk].clamp_min(1e-30)
+    size = max(1, _ENTRIES // max(left.shape))
+    for chunk in torch.arange(len(rows), device=left.device).split(size):
+        scores = small @ rows[chunk].T.to(small.dtype) / length[chunk].clamp_min(1e-30)
         scores = scores.masked_fill(length[chunk] == 0, -torch.inf)
         for column in taken.T:  # a row that is in use has nothing more to give
             inside = (column >= chunk[0]) & (column <= chunk[-1])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdfast import capacity
 from holdfast.batch import Batch
 from holdfast.batching import (
     MOST,
@@ -335,8 +336,8 @@ def test_a_container_has_what_its_limit_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = sizing.free_bytes("cpu")
-    assert 0 < whole <= sizing._machine()
-    monkeypatch.setattr(sizing, "CGROUP", tmp_path)
+    assert 0 < whole <= capacity.machine_bytes()
+    monkeypatch.setattr(capacity, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
     assert sizing.free_bytes("cpu") > 1e8
     (tmp_path / "memory.max").write_text("5000000\n")

@@ -92,9 +92,13 @@ def test_codes_and_reconstructions_are_as_defined(case: Case, tmp_path: Path) ->
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 def test_everything_is_computed_in_float32_or_above(case: Case, tmp_path: Path) -> None:
     folder, reference = case(tmp_path)
-    sae, x = opened(folder).full(), reference.residuals(4)
-    tensors = [t for t in vars(sae).values() if isinstance(t, Tensor)]
-    assert {t.dtype for t in tensors} == {torch.float32}
+    stored = opened(folder)
+    sae, x = stored.full(), reference.residuals(4)
+    tensors = {name: t for name, t in vars(sae).items() if isinstance(t, Tensor)}
+    # Matrices in half precision are kept as the file has them, and cast a block at a time.
+    kept = {tensors.pop(name).dtype for name in ("W_enc", "W_dec")}
+    assert kept <= {torch.float32, stored.layout.tensors[stored.layout.W_enc].dtype}
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert sae.encode(x.bfloat16()).dtype == torch.float32
     assert sae.encode(x.double()).dtype == torch.float64
     assert error(sae.encode(x.double()), reference.encode(x)) <= TOLERANCE

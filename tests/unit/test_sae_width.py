@@ -20,8 +20,10 @@ from holdfast.forecast.memory import CODES
 from holdfast.saes import sae as sae_module
 from holdfast.saes import tensors
 from holdfast.saes.bank import FeatureBank
+from holdfast.saes.encoders import Held
 from holdfast.saes.inputs import Inputs
-from holdfast.saes.sae import SAE, blocks_of, is_finite, kth_in_blocks, kth_limit
+from holdfast.saes.rivals import Rivals
+from holdfast.saes.sae import SAE, blocks_of, is_finite, kth_limit
 from holdfast.saes.sources import Folder
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -78,7 +80,8 @@ def test_the_kth_value_in_blocks_is_that_of_a_sort(
     )
     p = (x @ W + b).sort(-1, descending=True).values
     expected = (p[..., k - 1].clamp_min(0) + p[..., k].clamp_min(0)) / 2
-    assert torch.equal(kth_in_blocks(x, W, b, k).squeeze(-1), expected)
+    rivals = Rivals(Held(W), b, torch.zeros(4), False, k, Inputs())
+    assert torch.equal(rivals.limit(x).squeeze(-1), expected)
     assert torch.equal(kth_limit(x @ W + b, k).squeeze(-1), expected)
 
 
@@ -140,8 +143,9 @@ def test_a_clamp_takes_the_same_whatever_the_width(
         bank = bank_of(sae)
         held.append(held_by(bank))
         if bank.rivals is not None:
-            assert held_by(bank.rivals) == 4 * (32 * n + n + 32)
-            assert bank.rivals.W_enc is sae.W_enc
+            assert isinstance(bank.rivals.encoder, Held)
+            assert bank.rivals.encoder.W is sae.W_enc
+            assert held_by(bank.rivals) == 4 * (n + 32)
         edit = FeatureEdit(bank, "set", 1.0)
         leaf = x.clone().requires_grad_(True)
         with Live(leaf, *vars(bank).values(), *vars(sae).values()) as live:
@@ -175,13 +179,15 @@ def test_attribution_holds_a_block_of_codes_and_a_score_of_every_feature(
     [
         (write_gemma_scope, {}), (write_gemma_scope, {"fortran": True}),
         (write_gemma_scope, {"compressed": True}), (write_llama_scope, {}),
-        (write_dictionary_learning, {}),
+        (write_dictionary_learning, {}), (write_dictionary_learning, {"dtype": torch.bfloat16}),
+        (write_gemma_scope, {"dtype": torch.float16}),
     ],
 )  # fmt: skip
 def test_the_whole_is_read_with_nothing_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, settings: Any
 ) -> None:
-    """Turned or not, and checked for NaN: what is held is the SAE, and small blocks."""
+    """Turned or not, and checked for NaN: what is held is the SAE, and small blocks. Matrices in
+    half precision take no more than in their file."""
     n = 32_768
     write(tmp_path, n=n, **settings)
     source = Folder(path=str(tmp_path))
@@ -192,11 +198,12 @@ def test_the_whole_is_read_with_nothing_beside_it(
         sae = stored.full()
     some = 12 * 4 * n + 8 * 4096 * sae.d_model  # vectors, and rows whose lengths are taken
     assert live.peak < held_by(sae) + some
-    assert some < sae.W_enc.nbytes, "a copy of a matrix would be seen"
+    assert some < 4 * sae.W_enc.numel(), "a matrix in float32 beside it would be seen"
+    assert sae.W_enc.dtype == settings.get("dtype", torch.float32)
     monkeypatch.undo()
     ids = range(0, n, 100)
     own = source.load(stored.site).take(ids)
-    torch.testing.assert_close(own.W_dec * sae.inputs.scale, sae.W_dec[list(ids)])
+    torch.testing.assert_close(own.W_dec * sae.inputs.scale, sae.rows(torch.as_tensor(ids)))
 
 
 def test_every_part_is_looked_at(small: None) -> None:

@@ -120,7 +120,7 @@ class Attribution(DiscoveryKind):
             x, found = x.detach(), x.new_empty(len(own), sae.n_features, dtype=torch.float32)
             kth = sae.kth(x)
             for block in sae.blocks(mask.numel()):
-                attribution = sae.encode(x, block, kth) * (gradient @ sae.W_dec[block].T)
+                attribution = sae.encode(x, block, kth) * (gradient @ sae.rows(block).T)
                 found[:, block] = (attribution * mask).sum(1)
             return found
 

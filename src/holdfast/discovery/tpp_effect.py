@@ -15,6 +15,7 @@ from holdfast.edits import never_fired
 from holdfast.errors import FeatureError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.readouts.probes import Probes, pool
+from holdfast.saes.products import product
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -40,7 +41,7 @@ class TPPEffect(DiscoveryKind):
             )
         (target,) = fit.targets.unique().tolist()
         sae = subject.sae(probes.site).full()
-        w = probes.weight[target].to(sae.W_dec)
+        w = probes.weight[target].to(sae.b_dec)
         effects = self.effects(
             mean_codes(subject, fit, sae), _mean_of_others(subject, target, neighbors, sae), w, sae
         )
@@ -61,7 +62,7 @@ class TPPEffect(DiscoveryKind):
     @staticmethod
     def effects(own: Tensor, others: Tensor, w: Tensor, sae: SAE) -> Tensor:
         """[n_features] in logits, from mean codes [n_features] and a probe w [d_model]."""
-        return (own - others).relu() * (sae.W_dec @ w)
+        return (own - others).relu() * product(w, sae.W_dec.T)
 
 
 def _mean_of_others(subject: Subject, target: int, neighbors: dict[str, Batch], sae: SAE) -> Tensor:

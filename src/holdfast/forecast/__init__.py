@@ -123,7 +123,8 @@ def forecast(scene: Scene, device: Device, unprepared: Sequence[Scene]) -> Forec
     """One trial. unprepared: those of its settings (its own, its twin's) that no trial before it
     has prepared."""
     stages = [*map(preparing, unprepared), *stages_of(scene)]
-    return Forecast(scene, device, tuple(stages), memory_of(scene), not unprepared)
+    memory = memory_of(scene, device.memory / device.count)
+    return Forecast(scene, device, tuple(stages), memory, not unprepared)
 
 
 def scene_of(

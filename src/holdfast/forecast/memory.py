@@ -6,12 +6,16 @@ modeled (`kept`), and measured peaks of a step lie within a factor of 2 of it (`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from holdfast.batching import MOST, WORK, Sizes, Work
 from holdfast.forecast.architecture import Block
 from holdfast.forecast.scene import Scene
+from holdfast.saes import encoders
 from holdfast.saes.sae import ENTRIES
+from holdfast.saes.sources import Shape
+from holdfast.sites import Site
 
 FREE = 0.9
 """Share of a device's memory that can be planned with; the rest is its runtime's, and waste."""
@@ -88,7 +92,8 @@ class Memory:
         return Sizes(**sizes)
 
 
-def memory_of(scene: Scene) -> Memory:
+def memory_of(scene: Scene, device: float = math.inf) -> Memory:
+    """device: bytes of the memory of one, by which it goes how much of a TopK is kept."""
     model, size = scene.model, scene.size
     d, longest = model.d_model, scene.longest
     widest = max(model.blocks, key=lambda block: block.outputs)
@@ -98,13 +103,32 @@ def memory_of(scene: Scene) -> Memory:
     answer = row + everything if scene.trial.behavior.answer_tokens else 0.0
     searched = _search(scene, widest) if scene.trial.searches else (0.0, 0.0, 0.0)
     sliced = sum(8 * d * k for k in scene.features.values())
-    # Of a TopK only the encoder is needed.
-    run = sum((8 if scene.trial.intervention.runs_whole else 4) * d * n
-              for n in scene.whole.values())  # fmt: skip
+    run = sum(_run(scene, site, device) for site, n in scene.whole.items() if n)
     weights = model.in_blocks * scene.weight_bytes + (model.parameters - model.in_blocks) * size
     whole, code = _discovery(scene)
     replay, recording, lane = searched
     return Memory(weights, sliced + run, whole, code, replay, recording, row, answer, lane)
+
+
+def _run(scene: Scene, site: Site, device: float) -> float:
+    """What is held of an SAE of which a clamp runs every feature: all of it, or of a TopK what is
+    kept of its encoder, and a block of it in float32 where that is not all."""
+    d, shape = scene.model.d_model, scene.saes[site]
+    if scene.trial.intervention.runs_whole:
+        return _whole(d, shape)
+    numbers = d * shape.n_features
+    size = encoders.kept(d, shape.n_features, shape.stored, device)
+    return size * numbers + _block(numbers, size)
+
+
+def _whole(d: int, shape: Shape) -> float:
+    numbers = d * shape.n_features
+    return 2.0 * shape.itemsize * numbers + _block(numbers, shape.itemsize)
+
+
+def _block(numbers: int, itemsize: int) -> float:
+    """What is cast at a time of a matrix that is not kept in float32."""
+    return 0.0 if itemsize == 4 else 4.0 * min(numbers, ENTRIES)
 
 
 def _logit(scene: Scene) -> int:
@@ -161,15 +185,13 @@ def _discovery(scene: Scene) -> tuple[float, float]:
     whole = code = 0.0
     counts = bool(scene.trial.discovery.corpora[0])
     if scene.trial.control.clamps_others or scene.trial.paths is not None or counts:
-        whole = max((8.0 * d * shape.n_features for shape in scene.saes.values()), default=0.0)
-    if not scene.trial.intervention.runs_whole:  # a TopK's decoder, while its encoder is read
-        whole = max([whole, *(4.0 * d * n for n in scene.whole.values())])
+        whole = max((_whole(d, shape) for shape in scene.saes.values()), default=0.0)
     if not scene.trial.discovery.reads_whole:
         return whole, code
     for site, shape in scene.saes.items():
         n = shape.n_features
         graph = sum(kept(scene, b, width, width) for b in blocks[site.depth :])
         codes = CODES * 4 * min(n * width * MOST.discovery, ENTRIES)
-        whole = max(whole, 8 * d * n + 2 * 4 * n * scene.prompts.n["fit"] + codes)
+        whole = max(whole, _whole(d, shape) + 2 * 4 * n * scene.prompts.n["fit"] + codes)
         code = max(code, graph)
     return whole, code

@@ -16,7 +16,10 @@ from holdfast.forecast.device import Device, probe
 from holdfast.forecast.memory import Memory, memory_of
 from holdfast.forecast.prompts import Prompts
 from holdfast.forecast.scene import Scene
+from holdfast.forecast.sizing import one_device_bytes
+from holdfast.saes.sae import SAE
 from holdfast.saes.sources import Shape
+from holdfast.saes.stored import StoredSAE
 from holdfast.trial import Lab, SubjectIdentity, Trial, setting_key
 
 PROBE_SECONDS = 0.02
@@ -66,7 +69,8 @@ class Outlook:
         found = []
         for trial in trials:
             with suppress(HoldfastError):  # the forecast of its record says why
-                found.append(memory_of(self._scene(trial, trial.subject)))
+                scene = self._scene(trial, trial.subject)
+                found.append(memory_of(scene, one_device_bytes(self.runtime.device)))
         return found
 
     def _scene(self, trial: Trial, identity: SubjectIdentity) -> Scene:
@@ -88,7 +92,7 @@ class Outlook:
                 dtype=identity.dtype,
                 quantization=identity.quantization,
                 eager=identity.attention == "eager",
-                saes={site: Shape(sae.n_features, sae.k) for site, sae in subject.saes.items()},
+                saes={site: _shape(sae) for site, sae in subject.saes.items()},
                 prompts=Prompts.counted(
                     subject.tokenizer, trial.behavior, trial.data, trial.seed, subject.prepend_bos
                 ),
@@ -102,3 +106,9 @@ class Outlook:
         if at not in self._devices:
             with threads_for(self.lab, self.runtime):
                 self._devices[at] = probe(self.runtime.device, *at, PROBE_SECONDS)
+
+
+def _shape(sae: SAE | StoredSAE) -> Shape:
+    if isinstance(sae, StoredSAE):
+        return Shape.of(sae.layout)
+    return Shape(sae.n_features, sae.k, sae.W_enc.dtype.itemsize)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from holdfast.batching import MOST, WORK, Beginning, Sizes, Work, kept_parts, kept_sizes, spelled
+from holdfast.capacity import available_bytes, machine_bytes, total_bytes
 from holdfast.executor import Runtime
 from holdfast.forecast.memory import FREE, Memory
 from holdfast.forecast.show import amount
-
-CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells a container what it may hold."""
 
 
 def beginning(
@@ -74,22 +70,31 @@ def beginning(
 def named(device: str) -> str:
     """Which memory a device has, so that another one is known for it."""
     if device == "cpu":
-        return f"cpu, {amount(_machine(), 'B')}"
+        return f"cpu, {amount(machine_bytes(), 'B')}"
     devices = _devices(device)
     names = {torch.cuda.get_device_name(i) for i in devices}
-    total = sum(torch.cuda.get_device_properties(i).total_memory for i in devices)
+    total = sum(map(_cuda_bytes, devices))
     return f"{len(devices)} x {', '.join(sorted(names))}, {amount(total, 'B')}"
 
 
 def free_bytes(device: str) -> float:
     """Memory that nobody holds. What torch keeps of a GPU to hand out again counts as free."""
     if device == "cpu":
-        return _available()
+        return available_bytes()
     free = 0
     for i in _devices(device):
         cached = torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i)
         free += torch.cuda.mem_get_info(i)[0] + cached
     return float(free)
+
+
+def one_device_bytes(device: str) -> float:
+    """All memory of the device, of the smallest where there are several."""
+    return machine_bytes() if device == "cpu" else min(map(_cuda_bytes, _devices(device)))
+
+
+def _cuda_bytes(index: int) -> float:
+    return total_bytes(torch.device("cuda", index))
 
 
 def _devices(device: str) -> list[int]:
@@ -101,41 +106,3 @@ def _devices(device: str) -> list[int]:
 
 def _count(runtime: Runtime) -> int:
     return 1 if runtime.device == "cpu" else max(1, len(_devices(runtime.device)))
-
-
-def _machine() -> float:
-    """Bytes of memory here, or as many as a container may hold."""
-    whole = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = _number(CGROUP / "memory.max")
-    return whole if limit is None else min(whole, limit)
-
-
-def _available() -> float:
-    """Bytes that can be had without swapping: of this machine, and of this container's limit."""
-    free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-    said = _table(Path("/proc/meminfo"), ":").get("MemAvailable")
-    free = free if said is None else 1024.0 * said
-    limit, used = _number(CGROUP / "memory.max"), _number(CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        # Files that were read count as used, and are let go of first.
-        cached = _table(CGROUP / "memory.stat", " ").get("inactive_file", 0)
-        free = min(free, max(0.0, limit - used + cached))
-    return free
-
-
-def _number(file: Path) -> float | None:
-    """What a file says if that is a number: `max` stands for no limit."""
-    try:
-        return float(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _table(file: Path, separator: str) -> dict[str, int]:
-    """Name → number, of lines `name separator number …`; nothing where there is no such file."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(separator) for line in lines)
-    return {name: int(rest.split()[0]) for name, _, rest in pairs if rest.split()[:1]}

@@ -248,6 +248,8 @@ class Clamp(InterventionKind):
 
     def _edit(self, subject: Subject, features: FeatureSet, site: Site) -> FeatureEdit:
         sae = subject.sae(site)
+        # Before the bank, which shares the encoder of a TopK that is in memory.
+        whole = None if self.error_scale == 1.0 else sae.full()
         bank = FeatureBank.of(sae, features)
         given = self.condition
         return FeatureEdit(
@@ -257,7 +259,7 @@ class Clamp(InterventionKind):
             where=self.positions,
             include_bos=self.include_bos,
             error_scale=self.error_scale,
-            sae=None if self.error_scale == 1.0 else sae.full(),
+            sae=whole,
             gate=None if given is None else given.gate(subject, bank, self.include_bos),
         )
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import SAEError
+from holdfast.saes.encoders import encoder_of
 from holdfast.saes.inputs import Inputs
-from holdfast.saes.sae import Facts, Weights
+from holdfast.saes.rivals import Rivals
+from holdfast.saes.sae import Facts, Weights, is_finite
 from holdfast.saes.tensors import Stored, read_tensors, whole
 
 
@@ -122,28 +124,30 @@ class Layout:
         return d, n
 
     def read(self, ids: Sequence[int] | None = None) -> Weights:
-        """The SAE's tensors in float32, of some features or of all.
+        """The SAE's tensors, of some features in float32, or of all.
 
-        Only what is asked for is kept in memory, and a block of the file beside it. Raises
-        SAEError for a threshold never set.
+        Only what is asked for is kept in memory, and a block of the file beside it. Matrices that
+        the file has in half precision stay so if all are read: no number is another in float32.
+        Raises SAEError for a threshold never set.
         """
         if ids is None and self.first is not None:
             ids = range(self.first)
         index = slice(None) if ids is None else torch.as_tensor(list(ids), dtype=torch.long)
 
-        def matrix(name: str, axis: int, wanted: int) -> Tensor:
+        def matrix(name: str, axis: int, wanted: int, as_stored: bool) -> Tensor:
             """Features along `axis` in the file, along `wanted` in what is returned."""
             stored = self.tensors[name]
             if ids is None:
-                return whole(stored, turned=axis != wanted)
+                return whole(stored, turned=axis != wanted, exact=as_stored)
             tensor = stored.take(ids, axis)
             return (tensor if axis == wanted else tensor.T).float().contiguous()
 
         def vector(name: str) -> Tensor:
             return self.tensors[name].read()[index].float()
 
-        W_enc = matrix(self.W_enc, 0 if self.enc_transposed else 1, 1)
-        W_dec = matrix(self.W_dec, 1 if self.dec_transposed else 0, 0)
+        W_enc = matrix(self.W_enc, self._enc_axis, 1, not self.rescale)
+        scaled = self.rescale or self.feature_scale is not None
+        W_dec = matrix(self.W_dec, self._dec_axis, 0, not scaled)
         zeros = torch.zeros(len(W_dec))
         b_enc = zeros if self.b_enc is None else vector(self.b_enc)
         gain = offset = None
@@ -168,6 +172,49 @@ class Layout:
         if self.b_dec is not None:
             b_dec = self.tensors[self.b_dec].read().float()
         return Weights(W_enc, W_dec, b_enc, b_dec, threshold, gain, offset)
+
+    def rivals(self, device: torch.device | str) -> Rivals:
+        """What decides which features of a TopK are on; its encoder stays in the file where it is
+        large for the device. Raises SAEError on NaN."""
+        assert self.k is not None, "only in a TopK do features compete"
+        d, n = self.shape()
+        zeros = torch.zeros(n)
+        b_enc = zeros if self.b_enc is None else self.tensors[self.b_enc].read()[:n].float()
+        b_dec = torch.zeros(d) if self.b_dec is None else self.tensors[self.b_dec].read().float()
+        length = self._lengths() if self.rescale else None
+        if length is not None:
+            b_enc = b_enc * length
+        for name, tensor in (("b_enc", b_enc), ("b_dec", b_dec)):
+            if not is_finite(tensor):
+                raise SAEError(f"{name} has NaN or infinite values")
+        encoder = encoder_of(self.tensors[self.W_enc], self._enc_axis, n, device)
+        made = Rivals(encoder, b_enc, b_dec, self.subtract_b_dec, self.k, self.inputs, length)
+        return made.to(device)
+
+    @property
+    def _enc_axis(self) -> int:
+        """The axis of the stored encoder that features are along."""
+        return 0 if self.enc_transposed else 1
+
+    @property
+    def _dec_axis(self) -> int:
+        return 1 if self.dec_transposed else 0
+
+    def _lengths(self) -> Tensor:
+        """[n_features] norms of the decoder's rows, of which a block is in memory at a time."""
+        _, n = self._stored_shape
+        stored, axis = self.tensors[self.W_dec], self._dec_axis
+        scale = None
+        if self.feature_scale is not None:
+            scale = self.tensors[self.feature_scale].read().float()[:, None]
+        squares = torch.zeros(n, dtype=torch.float64)
+        for where, part in stored.parts():
+            rows, own = (part if axis == 0 else part.T).float(), where[axis]
+            rows = rows if scale is None else rows * scale[own]
+            for some, out in zip(rows.split(4096), squares[own].split(4096), strict=True):
+                out += some.double().square().sum(1)
+        norms = squares[: self.shape()[1]].sqrt().float()
+        return norms.clamp_min(torch.finfo(torch.float32).tiny)
 
     def _thresholds(self) -> Tensor:
         """[n], those of all features. Raises SAEError if all are negative."""

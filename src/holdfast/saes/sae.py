@@ -13,7 +13,7 @@ and offset.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,10 +22,14 @@ from torch import Tensor
 
 from holdfast.errors import FeatureError, SAEError
 from holdfast.saes.inputs import Inputs
+from holdfast.saes.products import product
 from holdfast.sites import Site
 
 ENTRIES = 2**24
 """Codes held at a time: 64 MB in float32."""
+
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+"""What matrices may be kept in: float32, or the half precision of their file, which it holds."""
 
 Guarantee = Literal["exact", "margin", "none"]
 """What an unchanged `p_S` says of the codes z_S, where p is read as an affine function of x.
@@ -55,7 +59,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of an SAE, or of some of its features, float32; shapes as in `SAE`."""
+    """The tensors of an SAE, or of some of its features; shapes and precision as in `SAE`."""
 
     W_enc: Tensor
     W_dec: Tensor
@@ -89,7 +93,9 @@ class Slice:
 
 @dataclass(frozen=True)
 class SAE:
-    """A sparse autoencoder of one residual site, whole and in memory; all tensors float32.
+    """A sparse autoencoder of one residual site, whole and in memory; all tensors float32, but that
+    the two matrices may be kept in the half precision that their file has. Everything is computed
+    in float32 at least.
 
     W_enc [d_model n_features], W_dec [n_features d_model], b_enc [n_features], b_dec [d_model],
     threshold [n_features] (0 for ReLU and TopK); gain, offset [n_features] of a gated SAE's
@@ -123,7 +129,8 @@ class SAE:
                     f"{list(shape)}, got {list(got)}"
                 )
         for name in ("W_enc", *expected):
-            if getattr(self, name).dtype != torch.float32:
+            kept = STORED if name in ("W_enc", "W_dec") else (torch.float32,)
+            if getattr(self, name).dtype not in kept:
                 raise SAEError(
                     f"SAE {self.name or self.site}: {name} is {getattr(self, name).dtype}; SAE "
                     "weights are kept in float32, since lower precision moves thresholds"
@@ -164,7 +171,7 @@ class SAE:
         self.check_features(ids)
         index = torch.as_tensor(list(ids), dtype=torch.long, device=self.W_enc.device)
         own = Weights(
-            W_enc=self.W_enc[:, index], W_dec=self.W_dec[index], b_enc=self.b_enc[index],
+            W_enc=self.W_enc[:, index].float(), W_dec=self.rows(index), b_enc=self.b_enc[index],
             b_dec=self.b_dec, threshold=self.threshold[index],
             gain=None if self.gain is None else self.gain[index],
             offset=None if self.offset is None else self.offset[index],
@@ -183,7 +190,7 @@ class SAE:
         else:
             own = torch.as_tensor(list(features), dtype=torch.long, device=self.W_enc.device)
         x = self._entered(x)
-        return x @ self.W_enc[:, own].to(x.dtype) + self.b_enc[own]
+        return product(x, self.W_enc[:, own]) + self.b_enc[own]
 
     def _entered(self, x: Tensor) -> Tensor:
         x = self.inputs.enter(x if x.dtype == torch.float64 else x.float())
@@ -194,7 +201,10 @@ class SAE:
         is computed at a time."""
         if self.k is None:
             return None
-        return kth_in_blocks(self._entered(x), self.W_enc, self.b_enc, self.k)
+        x = self._entered(x)
+        blocks = self.blocks(x.shape[:-1].numel())
+        p = (product(x, self.W_enc[:, own]) + self.b_enc[own] for own in blocks)
+        return kth_of(p, self.k)
 
     def blocks(self, n_tokens: int) -> Iterator[slice]:
         """All features in slices of which the codes of so many tokens can be held at a time."""
@@ -228,12 +238,21 @@ class SAE:
         x [... d_model]: the residual they were encoded from, which undoing centering or a token's
         normalization needs. Raises SAEError if it is needed and not given.
         """
-        y = z @ self.W_dec + self.b_dec
+        y = self.written(z) + self.b_dec
         if x is None:
             if self.inputs.center or not self.inputs.affine:
                 raise SAEError(f"SAE {self.name or self.site}: decoding needs the residual encoded")
             return y / self.inputs.scale
         return self.inputs.leave(y, x.float())
+
+    def written(self, z: Tensor, features: slice = slice(None)) -> Tensor:
+        """z·W_dec [... d_model] of codes z [... n] of the features asked for."""
+        return product(z, self.W_dec[features])
+
+    def rows(self, features: slice | Tensor) -> Tensor:
+        """Decoder rows [... d_model] in float32: of a block, or of an index or mask of any
+        shape."""
+        return self.W_dec[features].float()
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """D(E(x)) [... d_model]. Without a gradient a block of features is computed at a time; a
@@ -242,7 +261,7 @@ class SAE:
             return self.decode(self.encode(x), x)
         kth, y = self.kth(x), torch.zeros((), device=x.device)
         for own in self.blocks(x.shape[:-1].numel()):
-            y = y + self.encode(x, own, kth) @ self.W_dec[own]
+            y = y + self.written(self.encode(x, own, kth), own)
         return self.inputs.leave(y + self.b_dec, x.float())
 
     def to(self, device: torch.device | str) -> SAE:
@@ -288,14 +307,14 @@ def pieces_of(d_model: int, n_features: int, n_tokens: int) -> Iterator[range]:
 
 
 @torch.no_grad()
-def kth_in_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
-    """`kth_limit` of x [... d_model] · W_enc [d_model n_features] + b_enc, which are never all
-    there: the k+1 largest so far are kept, and a block of features is added at a time."""
-    top = x.new_empty(*x.shape[:-1], 0)
-    for own in blocks_of(W_enc.shape[1], x.shape[:-1].numel()):
-        W, b = W_enc[:, own].to(x.device, x.dtype), b_enc[own].to(x.device)
-        both = torch.cat([top, x @ W + b], -1)
+def kth_of(preactivations: Iterable[Tensor], k: int) -> Tensor:
+    """`kth_limit` of pre-activations that come some features [... m] at a time: of what came so far
+    the k+1 largest are kept."""
+    top: Tensor | None = None
+    for p in preactivations:
+        both = p if top is None else torch.cat([top, p], -1)
         top = both.topk(min(k + 1, both.shape[-1]), dim=-1).values
+    assert top is not None, "an SAE has features"
     return kth_limit(top, k)
 
 

@@ -34,10 +34,26 @@ SOURCES = Registry(
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forecast has to know of an SAE. k: of a TopK, whose limit every feature decides."""
+    """What a forecast has to know of an SAE. k: of a TopK, whose limit every feature decides;
+    stored: bytes of a number of its matrices in the file, and scaled: whether they are scaled when
+    the whole is read, which then is in float32."""
 
     n_features: int
     k: int | None = None
+    stored: int = 4
+    scaled: bool = False
+
+    @classmethod
+    def of(cls, layout: Layout) -> Shape:
+        """Of what lies on disk. Raises SAEError."""
+        n = layout.shape()[1]
+        stored = min(4, layout.tensors[layout.W_enc].dtype.itemsize)
+        return cls(n, layout.k, stored, layout.rescale or layout.feature_scale is not None)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the matrices of the whole in memory."""
+        return 4 if self.scaled else self.stored
 
 
 class SAESource(Kind):
@@ -141,7 +157,7 @@ class Folder(SAESource):
 
     def shape(self) -> Shape | None:
         layout = replace(self.layout(), first=self.n_features)
-        return Shape(layout.shape()[1], layout.k)
+        return Shape.of(layout)
 
 
 class SAESpec(Config):

@@ -127,12 +127,20 @@ class StoredSAE:
         return held
 
     def rivals(self) -> Rivals:
-        """The encoder of a TopK, of which the k-th value needs all; kept and freed as the whole."""
+        """The encoder of a TopK, of which the k-th value needs all; kept and freed as the whole,
+        and shared with it if that is in memory already. Raises SAEError on NaN."""
         held = self._rivals[0]() if self._rivals else None
         if held is None:
-            held = Rivals.of(self.full())
+            whole = self._whole[0]() if self._whole else None
+            held = self._competing() if whole is None else Rivals.of(whole)
             self._rivals[:] = [weakref.ref(held)]
         return held
+
+    def _competing(self) -> Rivals:
+        try:
+            return self.layout.rivals(self.device)
+        except SAEError as error:
+            raise SAEError(f"{self.name}: {error}") from None
 
     def _read(self, ids: Sequence[int] | None = None) -> Weights:
         try:

@@ -53,6 +53,13 @@ class Stored(Protocol):
     def take(self, ids: Sequence[int], axis: int) -> Tensor:
         """Some rows (axis 0) or columns (axis 1) of a matrix, in the order given."""
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether some of it can be read without what lies before."""
+
+    def between(self, own: slice, axis: int) -> Tensor:
+        """Rows (axis 0) or columns (axis 1) of a matrix from own.start on, and before own.stop."""
+
     def parts(self) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         """Where each part of a matrix lies in it, and the part; together they are all of it. A part
         may be overwritten when the next is asked for."""
@@ -99,8 +106,7 @@ class InFile:
 
     def take(self, ids: Sequence[int], axis: int) -> Tensor:
         if self.fortran:
-            turned = InFile(self.path, self.start, self.shape[::-1], self.dtype, member=self.member)
-            return turned.take(ids, 1 - axis).T
+            return self._turned.take(ids, 1 - axis).T
         with ExitStack() as stack:
             file = self._open(stack)
             if axis == 0 and self.member is None:
@@ -108,6 +114,25 @@ class InFile:
             if isinstance(ids, range) and ids.step == 1 and self.member is None:
                 return self._neighbors(file, ids)
             return self._blocks(file, ids, axis)
+
+    @property
+    def in_parts(self) -> bool:
+        return self.member is None
+
+    def between(self, own: slice, axis: int) -> Tensor:
+        if self.fortran:
+            return self._turned.between(own, 1 - axis).T
+        n_rows, n_columns = self.shape
+        first, n = own.start, own.stop - own.start
+        out = torch.empty((n, n_columns) if axis == 0 else (n_rows, n), dtype=self.dtype)
+        with ExitStack() as stack:
+            file = self._open(stack)
+            if axis == 0:
+                file.seek(self.start + first * n_columns * self.dtype.itemsize)
+                self._fill(file, out)
+            else:
+                self._strips(file, out, first)
+        return out
 
     def parts(self) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         n_rows, n_columns = self.shape[::-1] if self.fortran else self.shape
@@ -120,6 +145,23 @@ class InFile:
                 self._fill(file, block)
                 rows, columns = slice(first, first + len(block)), slice(0, n_columns)
                 yield ((columns, rows), block.T) if self.fortran else ((rows, columns), block)
+
+    @property
+    def _turned(self) -> InFile:
+        """The same bytes, with the last index running fastest."""
+        return InFile(self.path, self.start, self.shape[::-1], self.dtype, member=self.member)
+
+    def _strips(self, file: BinaryIO, out: Tensor, first: int) -> None:
+        """Read columns from `first` on of every row into out [n_rows n]."""
+        row, width = self.shape[1] * self.dtype.itemsize, out.shape[1] * self.dtype.itemsize
+        view = out.view(torch.uint8).numpy().reshape(-1).data
+        start = self.start + first * self.dtype.itemsize
+        for index in range(len(out)):
+            file.seek(start + index * row)
+            # Short only at the file's end, and for more than 2 GiB, which no strip has.
+            n = file.readinto(view[index * width : (index + 1) * width])  # type: ignore[attr-defined]
+            if n != width:
+                self._fill(file, out[index, max(n, 0) // self.dtype.itemsize :])
 
     def _rows(self, file: BinaryIO, ids: Sequence[int]) -> Tensor:
         out = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
@@ -201,14 +243,21 @@ class Mapped:
     def take(self, ids: Sequence[int], axis: int) -> Tensor:
         return self.tensor.index_select(axis, torch.as_tensor(list(ids), dtype=torch.long))
 
+    in_parts = True
+
+    def between(self, own: slice, axis: int) -> Tensor:
+        return self.tensor[own] if axis == 0 else self.tensor[:, own]
+
     def parts(self) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         yield (slice(None), slice(None)), self.tensor
 
 
-def whole(stored: Stored, turned: bool = False) -> Tensor:
-    """All of a matrix in float32 and contiguous, turned if asked for, with no more of the file than
-    a block beside it."""
-    out = torch.empty(stored.shape[::-1] if turned else stored.shape)
+def whole(stored: Stored, turned: bool = False, exact: bool = False) -> Tensor:
+    """All of a matrix, contiguous, turned if asked for, with no more of the file than a block
+    beside it; in float32, or, if that is less and `exact`, in the precision of the file."""
+    half = exact and stored.dtype in (torch.bfloat16, torch.float16)
+    dtype = stored.dtype if half else torch.float32
+    out = torch.empty(stored.shape[::-1] if turned else stored.shape, dtype=dtype)
     into = out.T if turned else out
     for where, part in stored.parts():
         into[where] = part
