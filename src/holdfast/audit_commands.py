@@ -48,6 +48,6 @@ def read(
 ) -> None:
     """Read a labelled sheet: agreement, confusions, corrected rates; the report then has them."""
     from holdfast.manual_audit import read_labels
-    from holdfast.terminal import labels_table
+    from holdfast.tables.labels import labels_table
 
     labels_table(read_labels(folder, sheet, second))

@@ -121,7 +121,8 @@ def check(
     from holdfast.planning import plan
     from holdfast.preflight import preflight
     from holdfast.study import load
-    from holdfast.terminal import findings_table, working
+    from holdfast.tables.findings import findings_table
+    from holdfast.terminal import working
 
     planned, runtime = plan(load(study, set_ or (), limit)), Runtime(device)
     with working("checking"):
@@ -214,7 +215,8 @@ def report(
     from holdfast.report import write_report
     from holdfast.run import open_run
     from holdfast.summary import summarize
-    from holdfast.terminal import results_table, say_where, working
+    from holdfast.tables.results import results_table
+    from holdfast.terminal import say_where, working
 
     store, plan, complete = open_run(folder)
     page, texts = out or folder / "report.html", None
@@ -246,7 +248,8 @@ def compare(
     from holdfast.published import PREFIX
     from holdfast.published.beside import beside_named
     from holdfast.report.compared import write_comparisons
-    from holdfast.terminal import comparison_table, note, published_list
+    from holdfast.tables.comparison import comparison_table, published_list
+    from holdfast.terminal import note
 
     if list_:
         published_list()
@@ -273,7 +276,7 @@ def list_(
 ) -> None:
     """List the kinds a study can name, built-in ones and plug-ins."""
     from holdfast.kinds import FAMILIES_OF_KINDS, describe
-    from holdfast.terminal import kinds_table
+    from holdfast.tables.kinds import kinds_table
 
     kinds_table(describe(family) if family else [r for f in FAMILIES_OF_KINDS for r in describe(f)])
 
@@ -292,7 +295,8 @@ def _run(
     from holdfast.planning import plan
     from holdfast.report import write_report
     from holdfast.run import default_folder, open_run, run_study
-    from holdfast.terminal import note, progress, results_table, say_where
+    from holdfast.tables.results import results_table
+    from holdfast.terminal import note, progress, say_where
 
     planned = plan(study)
     folder = out or default_folder(planned)

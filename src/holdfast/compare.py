@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, nan
+from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from holdfast.errors import CompareError
 from holdfast.grid import CONSTRAINT, VARIANT, Point, describe, label
 from holdfast.run import open_run
 from holdfast.statistics import (
+    Corrected,
     Interval,
     clustered_rate,
+    corrected,
     difference,
-    holm,
     paired_bootstrap,
     paired_ratio,
     paired_test,
@@ -63,7 +64,8 @@ class Contrast(Config):
     """What two sides differ by: first minus second of rates, first over second of norms.
 
     paired: over prompts that both have. p: exact, that both have one rate; p_holm: the same among
-    all that are compared here.
+    all that are compared here; p_least: what that would be if all of the n_units independent units
+    had disagreed, there and everywhere.
     """
 
     value: Value
@@ -71,6 +73,15 @@ class Contrast(Config):
     method: str
     p: float | None = None
     p_holm: float | None = None
+    n_units: int = 0
+    p_least: float | None = None
+
+    @property
+    def test(self) -> Corrected | None:
+        """None where the two were not tested."""
+        if self.p is None or self.p_holm is None or self.p_least is None:
+            return None
+        return Corrected(self.p, self.p_holm, self.n_units, self.p_least)
 
 
 class Pair(Config):
@@ -324,7 +335,7 @@ def _paired_rate(both: Both) -> Contrast:
     interval = paired_bootstrap(one, two, "mean", clusters)
     return Contrast(
         value=Value.of(interval), paired=True, method=f"{interval.method}; sign flips of clusters",
-        p=paired_test(one, two, clusters),
+        p=paired_test(one, two, clusters), n_units=len(set(clusters)),
     )  # fmt: skip
 
 
@@ -353,11 +364,14 @@ def _norm(row: Mapping[str, Any]) -> float:
 
 def _corrected(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
     """Every p-value with its correction for all that were tested here."""
-    p = [nan if pair.rate is None or pair.rate.p is None else pair.rate.p for pair in pairs]
-    out = []
-    for pair, adjusted in zip(pairs, holm(p) if p else (), strict=True):
-        rate = pair.rate
-        if rate is not None and isfinite(adjusted):
-            rate = rate.model_copy(update={"p_holm": float(adjusted)})
-        out.append(pair.model_copy(update={"rate": rate}))
-    return tuple(out)
+    rates = [pair.rate for pair in pairs]
+    tests = corrected(
+        [nan if rate is None or rate.p is None else rate.p for rate in rates],
+        [0 if rate is None else rate.n_units for rate in rates],
+    )
+    return tuple(
+        pair if pair.rate is None or isnan(test.p)
+        else pair.model_copy(update={"rate": pair.rate.model_copy(
+            update={"p_holm": test.adjusted, "p_least": test.least})})
+        for pair, test in zip(pairs, tests, strict=True)
+    )  # fmt: skip

@@ -3,7 +3,6 @@ other, and what the heads attend to (METHODS K.5)."""
 
 from __future__ import annotations
 
-from math import isnan
 from typing import Any
 
 import torch
@@ -22,8 +21,11 @@ def heads_of(found: Recovered) -> dict[str, Any]:
 
     `reason`: why there is nothing else. error_max: how far terms are from summing to the lead, in
     logits; softcap: leads are before it, so that they are no margins. gain: recovered − suppressed.
-    top: heads by the size of their mean gain, and by what they write in clean prompts. mover: such
-    a head writes for the answer in clean prompts and attends to it more than to its rival.
+    top: heads by the size of their mean gain, and by what they write in clean prompts. attends:
+    mean share of attention on the answer and on its rival, over the `n_both` prompts that have both
+    before the token that is read, the same in all conditions; None where there are none; more:
+    their difference in clean prompts. mover: such a head writes for the answer in clean prompts and
+    attends to it more than to its rival, by more than the intervals of both leave open.
     """
     subject, batch = found.case.subject, found.case.batch
     if reason := unreadable(subject, batch):
@@ -65,27 +67,50 @@ def _top(
     n = min(TOP, gain.numel())
     largest = gain.abs().flatten().topk(n).indices
     listed = torch.cat([largest, clean.flatten().topk(n).indices]).unique()
-    paid = {
-        condition: {answer: values.nanmean(0) for answer, values in of.items()}
-        for condition, of in looks.items()
-    }
+    both = _both(looks)
+    clusters = found.case.batch.clusters
     rows = []
     for index in listed.tolist():
         layer, head = divmod(index, gain.shape[1])
         compared = _compared({name: d.heads[:, layer, head] for name, d in made.items()}, found)
-        attends = {
-            condition: {answer: float(values[layer, head]) for answer, values in of.items()}
-            for condition, of in paid.items()
+        paid = {
+            condition: {answer: values[:, layer, head] for answer, values in of.items()}
+            for condition, of in looks.items()
         }
-        to = {answer: 0.0 if isnan(share) else share for answer, share in attends["clean"].items()}
+        more = mean(
+            "more", "share of attention",
+            (paid["clean"]["target"] - paid["clean"]["rival"]).masked_fill(~both, torch.nan),
+            clusters, "the prompt has not both answers",
+        )  # fmt: skip
         rows.append(
             {
                 "layer": layer, "head": head, "carrier": index in largest.tolist(),
-                "mover": float(clean[layer, head]) > 0 and to["target"] > to["rival"],
-                **compared, "attends": attends,
+                "mover": _above_0(compared["clean"]) and _above_0(more.model_dump()),
+                **compared,
+                "n_both": int(both.sum()),
+                "attends": {
+                    condition: {
+                        answer: float(values[both].mean()) if both.any() else None
+                        for answer, values in of.items()
+                    }
+                    for condition, of in paid.items()
+                },
+                "more": more.model_dump(mode="json"),
             }
         )  # fmt: skip
     return sorted(rows, key=lambda row: -abs(row["gain"]["estimate"]))
+
+
+def _both(looks: dict[str, dict[str, Tensor]]) -> Tensor:
+    """[n] bool: prompts that have the answer and its rival, in every condition: means over others
+    would be over one set for the answer and over another for the rival."""
+    there = [~values.isnan().flatten(1).any(1) for of in looks.values() for values in of.values()]
+    return torch.stack(there).all(0)
+
+
+def _above_0(measured: dict[str, Any]) -> bool:
+    """Whether the interval of a measurement has 0 below it."""
+    return measured["low"] is not None and measured["low"] > 0
 
 
 def _compared(values: dict[str, Tensor], found: Recovered) -> dict[str, Any]:

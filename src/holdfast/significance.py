@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -44,3 +47,46 @@ def holm(pvalues: ArrayLike) -> Floats:
     adjusted = np.full(p.shape, np.nan)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * factors))
     return adjusted
+
+
+SIGNIFICANT = 0.05
+"""Below this a corrected p-value is taken for a finding."""
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """One of several paired tests that were made at once.
+
+    p: by itself; adjusted: after Holm; both NaN where nothing was tested. n_units: independent
+    units that were compared; least: what `adjusted` would be if all units of all these tests had
+    disagreed, the same way.
+    """
+
+    p: float
+    adjusted: float
+    n_units: int
+    least: float
+
+    @property
+    def tells(self) -> bool:
+        """Whether any outcome could have been a finding. Where none could, a large p-value is the
+        number of units and no sign that two rates are alike."""
+        return self.least < SIGNIFICANT
+
+
+def corrected(pvalues: ArrayLike, n_units: Sequence[int]) -> list[Corrected]:
+    """Exact paired tests made at once, `pvalues` [m] each over so many independent units [m].
+
+    n units that all disagree one way have 2 of 2ⁿ sign patterns at least as far out. Holm's
+    adjusted p-values rise in every p-value, so no outcome makes one smaller than all of them
+    together at these least values. NaN is no test, and stays NaN.
+    """
+    p = np.asarray(pvalues, dtype=np.float64)
+    if p.shape != (len(n_units),):
+        raise ValueError(f"expected as many units as p-values, got {len(n_units)} for {p.shape}")
+    floor = np.array([min(1.0, 2.0 ** (1 - n)) for n in n_units], dtype=np.float64)
+    least = holm(np.where(np.isnan(p), np.nan, floor))
+    return [
+        Corrected(float(own), float(adjusted), n, float(low))
+        for own, adjusted, low, n in zip(p, holm(p), least, n_units, strict=True)
+    ]

@@ -18,11 +18,11 @@ from holdfast.resampling import (
     paired_ratio,
     ratio_of_means,
 )
-from holdfast.significance import holm, paired_test
+from holdfast.significance import SIGNIFICANT, Corrected, corrected, holm, paired_test
 from holdfast.units import Clusters
 
 __all__ = [
-    "Clusters", "Interval", "Resampling", "bootstrap", "clustered_rate", "crossed_bootstrap",
-    "difference", "holm", "paired_bootstrap", "paired_ratio", "paired_test", "ratio_of_means",
-    "share_greater", "wilson",
+    "SIGNIFICANT", "Clusters", "Corrected", "Interval", "Resampling", "bootstrap",
+    "clustered_rate", "corrected", "crossed_bootstrap", "difference", "holm", "paired_bootstrap",
+    "paired_ratio", "paired_test", "ratio_of_means", "share_greater", "wilson",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from holdfast.config import Config
 from holdfast.statistics import paired_ratio, share_greater
+from holdfast.wording import percent, power, times
 
 Verdict = Literal["held", "breached", "forcible", "undecided"]
 
@@ -104,7 +105,7 @@ def separation(rule: VerdictRule, control: str, audit: Rows, other: Rows) -> Sep
     elif ratio.estimate == 0:
         text = "in reach where the right answer is not"
     else:
-        text = f"{ratio.estimate:.2f} times the norm"
+        text = f"{times(ratio.estimate)} times the norm"
     return Separation(
         control=control,
         ratio=_finite(ratio.estimate),
@@ -118,7 +119,7 @@ def separation(rule: VerdictRule, control: str, audit: Rows, other: Rows) -> Sep
         dearer=bool(ratio.estimate >= rule.min_ratio),
         separated=bool(separated),
         sentence=(
-            f"{control.replace('_', ' ')}: {text}, dearer on {dearer.estimate:.0%} of "
+            f"{control.replace('_', ' ')}: {text}, dearer on {percent(dearer.estimate)} of "
             f"{dearer.n} prompts"
         ),
     )
@@ -137,8 +138,8 @@ def judge(
         return Judgement(
             verdict="undecided",
             sentence=(
-                f"the constraint is exact, yet a held feature moved by {drift:.1e} (rounding in a "
-                "lower precision?), so neither a recovery nor its absence is the constraint's"
+                f"the constraint is exact, yet a held feature moved by {power(drift)} (rounding in "
+                "a lower precision?), so neither a recovery nor its absence is the constraint's"
             ),
             separations=tuple(separations),
         )

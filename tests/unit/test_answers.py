@@ -37,7 +37,7 @@ from holdfast.setting import Data, Setting, prepare
 from holdfast.sites import Site
 from holdfast.study import bundled, parse
 from holdfast.subject import Subject
-from holdfast.terminal import results_table
+from holdfast.tables.results import results_table
 from holdfast.trial import Trial
 
 COLD = 1e-3

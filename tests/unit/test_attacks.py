@@ -43,7 +43,7 @@ from holdfast.setting import Data, Setting, prepare
 from holdfast.sites import Site
 from holdfast.study import bundled, parse
 from holdfast.subject import Subject
-from holdfast.terminal import results_table
+from holdfast.tables.results import results_table
 from holdfast.trial import Trial
 
 IN_PROMPT = (RolePlay, Nested, MultiTurn)

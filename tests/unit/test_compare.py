@@ -167,6 +167,17 @@ def test_several_tests_are_corrected() -> None:
     assert [c.p_holm for c in rates if c] == pytest.approx([2 * 2 / 2**6, 3 * 2 / 2**7, 1])
 
 
+@pytest.mark.parametrize("n, tells", [(5, False), (6, True)])
+def test_too_few_prompts_have_no_p_value(n: int, tells: bool) -> None:
+    """Five that all disagree have 2 of 32 sign patterns; six have 2 of 64, below 0.05."""
+    made = compare(side(finished([True] * n)), side(finished([False] * n)))
+    rate = only(made).rate
+    assert rate is not None and rate.test is not None and rate.test.tells == tells
+    (row,) = page_of(made).rows
+    assert (f"too few prompts to tell (n = {n})" in row) == (not tells)
+    assert ("0.0312 (0.0312)" in row) == tells
+
+
 def test_clusters_are_what_is_counted() -> None:
     questions = [f"q{i // 10}" for i in range(N)]
     a, b = (finished([hit] * N, clusters=questions) for hit in (True, False))
@@ -354,7 +365,7 @@ def test_the_command(tmp_path: Path) -> None:
     listed = holdfast("compare", "--list")
     assert listed.code == 0 and all(PREFIX + name in listed.out for name in published_names())
     said = holdfast("compare", store.path, store.path, "--out", tmp_path / "c.html")
-    assert said.code == 0 and "no field differs" in said.out and "1.000" in said.out
+    assert said.code == 0 and "no field differs" in said.out and "[1.00," in said.out
     assert (tmp_path / "c.html").is_file()
     beside_it = holdfast("compare", store.path, "published:ioi")
     assert beside_it.code == 0 and "GPT-2 small" in beside_it.out

@@ -136,13 +136,14 @@ def test_the_common_rate_is_of_the_prompts_valid_everywhere() -> None:
     assert line.n_common == 10 and not line.one_valid_set
     for stop in line.stops:
         assert stop.common_rate == clustered_rate([1.0] * 10, ids[:10])
-    assert [stop.p for stop in line.stops] == [None, 1, 1], "on common prompts nothing changes"
+    tested = [stop.step and stop.step.adjusted for stop in line.stops]
+    assert tested == [None, 1, 1], "on common prompts nothing changes"
 
 
 def test_where_texts_differ_nothing_is_common() -> None:
     line = line_of(*(point({"k": k}, [True] * 3, texts=f"{k}/") for k in (1, 2)))
     assert line.n_common == 0 and line.stops[0].common_rate is None
-    assert [stop.p for stop in line.stops] == [None, None]
+    assert [stop.step for stop in line.stops] == [None, None]
 
 
 def test_steps_along_a_line_are_tested_together() -> None:
@@ -153,7 +154,7 @@ def test_steps_along_a_line_are_tested_together() -> None:
         point({"k": 3}, [True] * 15 + [False] * (n - 15)),
     )
     single = [2 / 2**8, 2 / 2**7]  # McNemar's, every discordant pair on one side
-    assert [stop.p for stop in line.stops] == [
+    assert [stop.step and stop.step.adjusted for stop in line.stops] == [
         None, pytest.approx(2 * single[0]), pytest.approx(max(2 * single[0], single[1])),
     ]  # fmt: skip
 
@@ -290,7 +291,8 @@ def test_the_page_of_a_sweep(tmp_path: Path) -> None:
     assert {trace.get("xaxis", "x") for trace in drawn} == {"x", "x2", "x3", "x4"}
     assert "No result at: unconstrained, seed=3; encoder_null, seed=3" in page
     assert "with seeds and prompts both resampled" in page
-    assert page.count("98% → 91%") == 6 and "What the same clamp leaves" in page
+    sweeps = page[page.index('<section id="sweeps">') :]
+    assert sweeps.count("98% → 91%") == 6 and "What the same clamp leaves" in page
 
 
 def test_a_run_without_other_axes_has_no_such_section(tmp_path: Path) -> None:

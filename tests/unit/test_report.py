@@ -24,7 +24,6 @@ from holdfast.report import norms, write_picture, write_report
 from holdfast.report.data import gather
 from holdfast.report.figures import script_safe
 from holdfast.report.known_answer import findings
-from holdfast.report.wording import percent, power, ratio
 from holdfast.store import RunFolder
 from holdfast.study import Study
 from holdfast.trial import SAEIdentity, SubjectIdentity, Trial
@@ -497,8 +496,11 @@ def test_preflight_that_found_nothing(page: str) -> None:
     assert f"{3 * len(FAKES)} checks, all passed" in section, "each is counted once, not by trial"
     assert "<b>1e-7</b>" not in section and "&lt;b&gt;1e-7&lt;/b&gt;" in section
     assert '<details class="print">' in section and "despite" not in own(page)
+    listed = section[section.index("<tbody>") :]
+    for check in ("padding", "cache", f"scale of the SAE at {SITE}"):
+        assert listed.count(f'<th scope="row">{check}</th>') == 1, "each is said once"
     for audit in FAKES:
-        assert section.count(f"<h3>{audit} on organism</h3>") == 1
+        assert listed.count(f"{audit} on organism") == 1
 
 
 def test_what_preflight_found_is_on_the_page(tmp_path: Path) -> None:
@@ -517,6 +519,7 @@ def test_what_preflight_found_is_on_the_page(tmp_path: Path) -> None:
     assert table.index("ioi on organism") < table.index("mcq on organism"), "faults come first"
     assert table.count("mend it") == 2 and "mend it" not in every
     assert every.count(">fault<") == every.count(">caution<") == 1
+    assert every.count('scope="row">padding</th>') == 1, "one row for a check that some fail"
     assert HOSTILE not in page
     assert "This run went on despite 1 fault</strong>" in own(page)
 
@@ -531,16 +534,3 @@ def test_records_from_before_there_was_a_preflight(tmp_path: Path) -> None:
     mixed = page_of(*make_run(tmp_path / "mixed", findings=findings))
     n, n_ioi = sum(3 * len(f.norms) for f in FAKES.values()), 3 * len(FAKES["ioi"].norms)
     assert f"{n - n_ioi} of {n} trials come from a version" in section_of(mixed, "preflight")
-
-
-def test_wording() -> None:
-    assert [power(x) for x in (None, math.nan, 0.0, 0.154, 2.62e-8, 7.9e6)] == [
-        "–", "–", "0", "0.154", "2.6×10⁻⁸", "7.9×10⁶",
-    ]  # fmt: skip
-    assert [percent(x) for x in (None, 0.0, 0.001, 0.768, 0.999, 1.0)] == [
-        "–", "0%", "<1%", "77%", ">99%", "100%",
-    ]  # fmt: skip
-    base = {"ratio": 2.0, "low": 1.5, "high": None, "share_dearer": 1.0, "n_clusters": 9}
-    assert ratio(base) == "2.00× [1.50, ∞]"
-    assert ratio(base | {"ratio": None, "low": None}) == "∞"
-    assert ratio(base | {"share_dearer": None}) == "–"

@@ -42,7 +42,7 @@ from holdfast.setting import Data, Setting, prepare
 from holdfast.sites import Site
 from holdfast.study import bundled, parse
 from holdfast.subject import Subject
-from holdfast.terminal import results_table
+from holdfast.tables.results import results_table
 from holdfast.testing import WORDS, random_sae, tiny_batch, tiny_model, tiny_tokenizer
 from holdfast.trial import Trial
 from holdfast.verify import verify

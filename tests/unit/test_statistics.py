@@ -18,6 +18,7 @@ from holdfast.statistics import (
     Resampling,
     bootstrap,
     clustered_rate,
+    corrected,
     crossed_bootstrap,
     difference,
     holm,
@@ -449,6 +450,33 @@ def test_prompts_of_their_own_under_each_seed_are_taken_too() -> None:
     seeds, prompts = [0, 0, 1, 1], ["a", "b", "c", "d"]
     found = crossed_bootstrap([0, 1, 1, 1], seeds, prompts)
     assert found.estimate == 0.75 and 0 <= found.low < found.high <= 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.floats(0, 1)), min_size=1, max_size=6),
+)
+def test_the_least_is_what_full_disagreement_gives(drawn: list[tuple[int, float]]) -> None:
+    """No outcome of so many units is below it, and full disagreement in all tests is at it."""
+    n_units = [n for n, _ in drawn]
+    full = corrected([paired_test(np.ones(n), np.zeros(n)) for n in n_units], n_units)
+    assert_allclose([test.adjusted for test in full], [test.least for test in full])
+    some = [paired_test(np.arange(n) < share * n, np.zeros(n)) for n, share in drawn]
+    made = corrected(some, n_units)
+    assert all(test.adjusted >= test.least - 1e-12 for test in made)
+    assert [test.least for test in made] == [test.least for test in full]
+    assert_array_equal([test.adjusted for test in made], holm(some))
+
+
+def test_what_was_not_tested_corrects_nothing() -> None:
+    one, none = corrected([2 / 2**6, NAN], [6, 0])
+    assert one.tells and one.least == 2 / 2**6 and one.adjusted == one.p
+    assert not none.tells and np.isnan(none.adjusted)
+    assert [test.tells for test in corrected([2 / 2**6, 1.0], [6, 6])] == [False, False]
+    assert [test.tells for test in corrected([2 / 2**6, 1.0], [6, 9])] == [True, True], (
+        "Holm steps down: had all nine disagreed, six would be the only ones left"
+    )
+    with pytest.raises(ValueError, match="as many units"):
+        corrected([0.5], [])
 
 
 def test_holm_by_hand() -> None:

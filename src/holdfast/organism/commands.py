@@ -29,7 +29,8 @@ def check(
 ) -> None:
     """Measure every behavior on held-out prompts and every SAE; fail below what is promised."""
     from holdfast.organism.check import check_organism
-    from holdfast.terminal import findings_table, working
+    from holdfast.tables.findings import findings_table
+    from holdfast.terminal import working
 
     with working("measuring every behavior and every SAE"):
         findings = check_organism(folder)

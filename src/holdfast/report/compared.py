@@ -15,7 +15,19 @@ from holdfast.compare import Comparison, Contrast, Pair, Value
 from holdfast.config import Config
 from holdfast.errors import CompareError
 from holdfast.published.beside import Beside, PublishedComparison
-from holdfast.report.wording import NOTHING, arm_name, norm, norm_range, percent, power
+from holdfast.significance import SIGNIFICANT
+from holdfast.wording import (
+    NOTHING,
+    arm_name,
+    norm,
+    p_values,
+    percent,
+    points,
+    power,
+    power_range,
+    share,
+    times,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,9 @@ def _of_runs(made: Comparison) -> Table:
             "points; paired over the prompts valid in both where there are any (with the two rates "
             "on these), else unpaired (Newcombe).",
             "p: exact test that paired rates are equal, whole clusters exchanged (McNemar's where "
-            "every prompt is its own); in brackets after Holm's correction for all rows here.",
+            "every prompt is its own); in brackets after Holm's correction for all rows here. None "
+            "where even full disagreement of so many independent prompts would not reach "
+            f"{SIGNIFICANT:g}.",
             "norm: median smallest norm, relative to the residual; ÷: median paired ratio, a goal "
             "never reached counting as infinitely far. drift: largest of a pre-activation.",
         ),
@@ -131,7 +145,7 @@ def _pair_row(pair: Pair, notes: Notes) -> tuple[str, ...]:
         *(_rate(value) for value in pair.rates),
         shared,
         _points(pair.rate),
-        _p(pair.rate),
+        p_values(pair.rate.test if pair.rate else None),
         ", ".join(norm(value.estimate) for value in pair.norms),
         _ratio(pair.norm),
         ", ".join(power(value) for value in pair.drifts),
@@ -144,7 +158,7 @@ def _rate(value: Value) -> str:
         return "no prompt"
     if value.low is None or value.high is None:
         return percent(value.estimate)
-    return f"{percent(value.estimate)} [{percent(value.low)}, {percent(value.high)}] of {value.n}"
+    return f"{share(value.low, value.estimate, value.high)} of {value.n}"
 
 
 def _points(contrast: Contrast | None) -> str:
@@ -152,32 +166,16 @@ def _points(contrast: Contrast | None) -> str:
     if contrast is None or contrast.value.estimate is None:
         return NOTHING
     found = contrast.value
-
-    def points(value: float | None) -> str:
-        # Rounding must not show a minus zero.
-        return NOTHING if value is None else f"{round(100 * value) + 0:+d}".replace("+0", "0")
-
     kind = "" if contrast.paired else " unpaired"
     return f"{points(found.estimate)} [{points(found.low)}, {points(found.high)}]{kind}"
-
-
-def _p(contrast: Contrast | None) -> str:
-    if contrast is None or contrast.p is None:
-        return NOTHING
-
-    def small(value: float) -> str:
-        return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-    adjusted = NOTHING if contrast.p_holm is None else small(contrast.p_holm)
-    return f"{small(contrast.p)} ({adjusted})"
 
 
 def _ratio(contrast: Contrast | None) -> str:
     if contrast is None:
         return NOTHING
     found = contrast.value
-    middle = "∞" if found.estimate is None else norm(found.estimate)
-    return f"{middle} {norm_range(found.low, found.high)}".strip()
+    ends = "" if found.low is None else f"[{times(found.low)}, {times(found.high)}]"
+    return f"{times(found.estimate)} {ends}".strip()
 
 
 # --- Published figures ----------------------------------------------------------------------------
@@ -225,7 +223,4 @@ def _beside_row(row: Beside, notes: Notes) -> tuple[str, ...]:
 def _figure(value: Value, rate: bool) -> str:
     if rate:
         return _rate(value)
-    text = NOTHING if value.estimate is None else f"{value.estimate:.4g}"
-    if value.low is None or value.high is None:
-        return text
-    return f"{text} [{value.low:.4g}, {value.high:.4g}]"
+    return f"{power(value.estimate)} {power_range(value.low, value.high)}".strip()

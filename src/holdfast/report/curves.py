@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import inf, isfinite, nan, sqrt
+from math import inf, isfinite, isnan, nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ import numpy as np
 from holdfast.grid import CONSTRAINT, axis_name, describe, is_numeric, label
 from holdfast.report.data import AuditData, Point, is_number
 from holdfast.statistics import (
+    Corrected,
     Interval,
     bootstrap,
     clustered_rate,
+    corrected,
     crossed_bootstrap,
-    holm,
     paired_test,
 )
 
@@ -36,9 +37,9 @@ class Stop:
 
     rate, norm, area: on its own valid set; the same with `common_`: on the prompts valid at every
     point of the line, None if there are none. area: under the share of prompts whose goal is
-    reached within a norm, up to the budget and in shares of it: free, from the smallest norms. p:
-    that the rate is that of the point before it, on the prompts valid at both, Holm-corrected along
-    the line.
+    reached within a norm, up to the budget and in shares of it: free, from the smallest norms.
+    step: whether the rate is that of the point before it, on the prompts valid at both, corrected
+    along the line; None where there is no such point or prompt.
     """
 
     value: Any
@@ -48,7 +49,7 @@ class Stop:
     area: Interval
     common_rate: Interval | None
     common_norm: Interval | None
-    p: float | None = None
+    step: Corrected | None = None
 
     @property
     def name(self) -> str:
@@ -203,15 +204,17 @@ def _area(point: Point) -> Interval:
 
 
 def _tested(stops: Sequence[Stop]) -> tuple[Stop, ...]:
-    p = [nan]
+    p, n_units = [nan], [0]
     for before, here in pairwise(stops):
         first, second = _by_prompt(before.point), _by_prompt(here.point)
         both = [(first[k], second[k]) for k in first if k in second]
         one, two = ([float(rows[i]["recovered"]) for rows in both] for i in (0, 1))
-        p.append(paired_test(one, two, _clusters([rows[0] for rows in both])) if both else nan)
+        units = _clusters([rows[0] for rows in both])
+        p.append(paired_test(one, two, units) if both else nan)
+        n_units.append(len(set(units)))
     return tuple(
-        replace(stop, p=float(adjusted) if isfinite(adjusted) else None)
-        for stop, adjusted in zip(stops, holm(p), strict=True)
+        replace(stop, step=None if isnan(test.p) else test)
+        for stop, test in zip(stops, corrected(p, n_units), strict=True)
     )
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from holdfast.grid import describe
 from holdfast.planning import Plan
 from holdfast.recovery import RecoverySpec
-from holdfast.report.wording import arm_name
 from holdfast.store import RunFolder
 from holdfast.study import Audit, headline_constraint
 from holdfast.summary import siblings, summarize
 from holdfast.trial import Trial
+from holdfast.wording import arm_name
 
 FREE = ("unconstrained", "random_subspace")
 """The constraint that holds nothing: recovery under it says nothing about the clamp."""

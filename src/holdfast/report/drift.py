@@ -17,7 +17,7 @@ from holdfast.report.figures import (
     lanes,
 )
 from holdfast.report.section import Section
-from holdfast.report.wording import power
+from holdfast.wording import power
 
 FLOOR = 1e-10
 """Where a drift of exactly zero is drawn on a logarithmic axis."""

@@ -21,6 +21,15 @@ ARM_COLORS = {
 }
 """After Paul Tol's vibrant scheme: told apart with any color vision, on white and on black."""
 
+ARM_DASHES = {
+    "none": "solid",
+    "wrong_target": "dashdot",
+    "no_clamp": "dot",
+    "ignorant": "dash",
+    "random_features": "longdash",
+}
+"""So that lines are told apart without color as well."""
+
 CONSTRAINT_COLORS = {
     "unconstrained": "#8a8f98",
     "gradient_projection": "#d98a1f",
@@ -36,6 +45,7 @@ CONSTRAINT_COLORS = {
     "random_subspace": "#7a6a53",
 }
 SPARE = ("#4b5563", "#c2772e", "#5e9fa3", "#b56576")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 

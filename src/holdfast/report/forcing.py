@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import nan
+from textwrap import wrap
 from typing import Any
 
 from holdfast.baselines import MEANINGS
+from holdfast.replays import EVERYBODY
 from holdfast.report.data import AuditData, Point, ReportData, is_number
 from holdfast.report.figures import Figure, figure, label_safe
 from holdfast.report.section import Section
+from holdfast.statistics import SIGNIFICANT, Corrected, corrected
 
 COLORS = {
     "random": "#8a8f98",
@@ -17,6 +21,14 @@ COLORS = {
     "answer_mean": "#d0479f",
     "gradient": "#12a594",
 }
+SYMBOLS = {
+    "random": "circle",
+    "undo": "square",
+    "transfer": "diamond",
+    "answer_mean": "triangle-up",
+    "gradient": "cross",
+}
+"""A kind's mark; open, on a dotted line, where the vector may move the features."""
 FOUND = "#1f8ad2"
 
 
@@ -34,16 +46,21 @@ def section(data: ReportData) -> Section | None:
             {
                 "name": audit.name, "label": point.label, "paths": paths, "rows": rows,
                 "scales": paths["spec"]["scales"], "figure": drawn,
-                "random": paths.get("random"), "best": _best(rows),
+                "random": paths.get("random"), "best": best_of(rows, paths["n"]),
+                "fewer": [row for row in rows if row["scored"] and row["n"] < paths["n"]],
                 "as_is": next(row for row in paths["baselines"] if row["name"] == "undo"),
-                "found": next(row for row in paths["variants"] if row["name"] == "all"),
+                "as_is_test": tests_of(paths["baselines"])["undo"],
+                "tells": any(test.tells for test in tests_of(paths["baselines"]).values()),
+                "n_units": _found(paths)["back"]["n_clusters"],
+                "found": _found(paths),
                 "holds": not point.free and not point.leaks,
             }
         )  # fmt: skip
     if not audits:
         return None
     title = "Recovery or forcing: baselines of the same norm"
-    return Section("forcing", title, {"audits": audits}, tuple(figures))
+    context = {"audits": audits, "significant": SIGNIFICANT}
+    return Section("forcing", title, context, tuple(figures))
 
 
 def compared(data: ReportData) -> list[tuple[AuditData, Point, Mapping[str, Any]]]:
@@ -57,9 +74,11 @@ def compared(data: ReportData) -> list[tuple[AuditData, Point, Mapping[str, Any]
 
 
 def _rows(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each baseline, with what it does at each scale."""
+    """A row for each baseline, with what it does at each scale. n: prompts it is scored on, at
+    every scale; test: that it does as much as the vector found, at the smallest."""
     scales = paths["spec"]["scales"]
     by_name = {row["name"]: row for row in paths["baselines"]}
+    tests = tests_of(paths["baselines"])
     rows = []
     for name, meaning in MEANINGS.items():
         found = [by_name.get(f"{name} x{scale:g}") for scale in scales]
@@ -74,19 +93,42 @@ def _rows(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "meaning": meaning,
                 "inside": name.endswith("_inside"),
                 "scored": is_number(own[0]["back"]["estimate"]),
+                "n": min(row["back"]["n"] for row in own),
                 "at": own,
+                "test": tests[own[0]["name"]],
                 "reason": own[0]["back"]["reason"],
             }
         )
     return rows
 
 
-def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any] | None]:
+def _found(paths: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The vector itself, added again."""
+    row: Mapping[str, Any] = next(row for row in paths["variants"] if row["name"] == EVERYBODY)
+    return row
+
+
+def tests_of(baselines: Sequence[Mapping[str, Any]]) -> dict[str, Corrected]:
+    """Baseline → the test that it brings back as often as the vector found, among all of them."""
+    p = [row["p"] if is_number(row["p"]) else nan for row in baselines]
+    found = corrected(p, [row["back"]["n_clusters"] for row in baselines])
+    return {row["name"]: test for row, test in zip(baselines, found, strict=True)}
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, Mapping[str, Any] | None]:
     """Of those that hold the features, and of those that need not: who brings back most at the
-    smallest scale; None where there are none."""
+    smallest scale; None where there are none. Only of baselines that are scored on all n prompts:
+    the others have another rate to beat."""
     best: dict[str, Mapping[str, Any] | None] = {}
     for key, inside in (("inside", True), ("free", False)):
-        own = [r for r in rows if r["scored"] and r["inside"] == inside and r["name"] != "nothing"]
+        own = [
+            row
+            for row in rows
+            if row["scored"]
+            and row["inside"] == inside
+            and row["name"] != "nothing"
+            and row["at"][0]["back"]["n"] == n
+        ]
         best[key] = max(own, key=lambda row: row["at"][0]["back"]["estimate"], default=None)
     return best
 
@@ -98,7 +140,7 @@ def _figure(index: int, audit: AuditData, point: Point, paths: Mapping[str, Any]
     scales = paths["spec"]["scales"]
     traces = [
         go.Scatter(
-            x=[1], y=[1], mode="markers", name="the vector found",
+            x=[1], y=[_found(paths)["back"]["estimate"]], mode="markers", name="the vector found",
             marker={"symbol": "star", "size": 15, "color": FOUND},
             hovertemplate="the vector found<extra></extra>",
         )
@@ -112,9 +154,12 @@ def _figure(index: int, audit: AuditData, point: Point, paths: Mapping[str, Any]
         traces.append(
             go.Scatter(
                 x=scales, y=[b["estimate"] for b in back], mode="lines+markers",
-                name=label_safe(row["name"].replace("_", " ")),
+                name="<br>".join(wrap(label_safe(row["meaning"]), 34)),
                 line={"color": color, "width": 2, "dash": "solid" if row["inside"] else "dot"},
-                marker={"size": 7, "symbol": "circle" if row["inside"] else "circle-open"},
+                marker={
+                    "size": 8,
+                    "symbol": SYMBOLS.get(kind, "circle") + ("" if row["inside"] else "-open"),
+                },
                 error_y={
                     "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
                     "array": [_gap(b["high"], b["estimate"]) for b in back],

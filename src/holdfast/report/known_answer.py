@@ -8,7 +8,7 @@ from typing import Literal
 
 from holdfast.report.data import AuditData, Point, ReportData
 from holdfast.report.section import Section
-from holdfast.report.wording import percent, percent_range, power
+from holdfast.wording import percent, percent_range, power
 
 Status = Literal["agrees", "false breach", "missed", "wrong", "open", "no test"]
 

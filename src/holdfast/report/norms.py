@@ -7,6 +7,7 @@ from typing import Any
 from holdfast.report.data import Arm, AuditData, Point, ReportData, is_number
 from holdfast.report.figures import (
     ARM_COLORS,
+    ARM_DASHES,
     Figure,
     color_of,
     figure,
@@ -15,7 +16,7 @@ from holdfast.report.figures import (
     lanes,
 )
 from holdfast.report.section import Section
-from holdfast.report.wording import arm_name, norm, norm_range
+from holdfast.wording import arm_name, norm, norm_range
 
 SMALLEST = "smallest_norm_relative"
 
@@ -99,10 +100,11 @@ def _strip(index: int, audit: AuditData) -> Figure:
     labels = [f"{point.label} · {arm_name(arm.kind)}" for point, arm in rows]
     traces: list[Any] = []
     notes = []
-    cap = 0.0
+    cap, longest = 0.0, 0.0
     for lane, (_, arm) in enumerate(rows):
         values, color = arm.values(SMALLEST), color_of(arm.kind, ARM_COLORS, kinds)
         cap = max(cap, *values, arm.checks["budget_relative"] or 0.0)
+        longest = max([longest, *values, arm.row["norm_relative_high"] or 0.0])
         ids = [label_safe(str(r["id"])) for r in arm.audited if is_number(r[SMALLEST])]
         traces.append(
             go.Scatter(
@@ -154,8 +156,10 @@ def _strip(index: int, audit: AuditData) -> Figure:
             "showlegend": False,
             "margin": {"l": 10, "r": 78, "t": 26, "b": 46},
             "xaxis": {
-                "title": {"text": "smallest norm, share of the residual's norm"},
-                "range": [0, 1.03 * cap if cap else 1], "zeroline": False,
+                "title": {"text": f"smallest norm, share of the residual's (budget {norm(cap)})"},
+                # Where all is far below the budget the axis ends there, or no dot could be told.
+                "range": [0, 1.03 * (cap if longest > cap / 3 else longest) or 1],
+                "zeroline": False,
             },
             "yaxis": lanes(labels) | {"range": [len(rows) - 0.4, -1.1]},
             "annotations": notes,
@@ -188,8 +192,7 @@ def _curve(index: int, name: str, point: Point, height: int) -> Figure:
                 line={
                     "shape": "hv", "color": color_of(arm.kind, ARM_COLORS, kinds),
                     "width": 3 if arm.kind == "none" else 2,
-                    "dash": "solid" if arm.kind == "none" else "dot" if arm.kind == "no_clamp"
-                    else "dash" if arm.kind == "ignorant" else "solid",
+                    "dash": ARM_DASHES.get(arm.kind, "longdashdot"),
                 },
                 hovertemplate="%{y:.0%} of prompts by norm %{x:.3f}",
             )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from holdfast import wording
 from holdfast.atomic import write_atomic
 from holdfast.planning import Plan
 from holdfast.report import (
@@ -26,6 +25,7 @@ from holdfast.report import (
     known_answer,
     limits,
     norms,
+    opening,
     path,
     posthoc,
     preflight,
@@ -38,9 +38,8 @@ from holdfast.report import (
     sweeps,
     unlearning,
     verdicts,
-    wording,
 )
-from holdfast.report.data import AuditData, ReportData, Texts, gather
+from holdfast.report.data import ReportData, Texts, gather
 from holdfast.report.picture import draw
 from holdfast.store import RunFolder
 
@@ -51,6 +50,11 @@ SECTIONS = (
     clamped, prompts, limits, provenance,
 )  # fmt: skip
 PICTURE = "picture.svg"
+FILTERS = (
+    "coefficient", "cost", "duration", "logits", "logits_range", "norm", "norm_range", "p_value",
+    "percent", "percent_range", "plain", "points", "power", "power_range", "too_few",
+)  # fmt: skip
+"""How templates write numbers: of `wording`, by name."""
 
 
 def write_report(store: RunFolder, plan: Plan, path: Path, texts: Texts | None = None) -> Path:
@@ -80,12 +84,10 @@ def render(data: ReportData, picture: str) -> str:
         goal=_goal(data),
         n_faults=preflight.n_faults(data),
         sections=bodies,
-        cards=[verdicts.card(audit, point) for audit in data.audits for point in audit.headlines],
-        results=[_result(audit) for audit in data.audits],
-        headlines=len({point.label for audit in data.audits for point in audit.headlines}),
+        opening=opening.rows(data),
+        said=opening.said(data),
         figures=[drawn for part in sections for drawn in part.figures],
         picture=Markup(picture),
-        meanings=verdicts.MEANINGS,
         css=Markup(_asset("page.css")),
         script=Markup(_asset("page.js")),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
@@ -101,17 +103,10 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("percent", "percent_range", "norm", "norm_range", "power", "duration"):
+    for name in FILTERS:
         env.filters[name] = getattr(wording, name)
     env.globals["marks"] = verdicts.MARKS
     return env
-
-
-def _result(audit: AuditData) -> dict[str, Any]:
-    """An audit's verdict; of a sweep, how many points came to which."""
-    counts = Counter(point.main.row["verdict"] for point in audit.headlines)
-    only = audit.headlines[0] if len(audit.headlines) == 1 else None
-    return {"audit": audit.name, "counts": counts, "only": only}
 
 
 def _goal(data: ReportData) -> str:

@@ -47,9 +47,8 @@ def band(
         up.append(_gap(high, at))
         down.append(_gap(at, low))
     suffix = "" if panel == 1 else str(panel)
-    marker = {"color": style["color"], "size": 7}
-    if style.get("open"):
-        marker |= {"symbol": "circle-open"}
+    symbol = style.get("symbol", "circle") + ("-open" if style.get("open") else "")
+    marker = {"color": style["color"], "size": 7, "symbol": symbol}
     return go.Scatter(
         x=list(xs),
         y=[None if value is None or not isfinite(value) else value for value in middle],

@@ -45,6 +45,7 @@ def section(data: ReportData) -> Section | None:
     figures: list[Figure] = []
     for audit, point, paths in compared(data):
         if not paths["n"]:
+            audits.append({"name": audit.name, "label": point.label, "paths": paths})
             continue
         rows = _rows(paths)
         drawn = _figure(len(audits), audit.name, rows) if rows else None

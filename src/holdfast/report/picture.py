@@ -17,11 +17,15 @@ from holdfast.planning import Plan
 from holdfast.report.data import LEAK, Arm, AuditData, ReportData, gather
 from holdfast.report.figures import ARM_COLORS, CONSTRAINT_COLORS, color_of, jitter
 from holdfast.report.verdicts import MARKS
-from holdfast.report.wording import arm_name, norm, power, superscript
 from holdfast.store import RunFolder
+from holdfast.wording import arm_name, norm, power, superscript
 
 TOP, BOTTOM = 94, 56
 """Room for the titles and for the axes, in pixels."""
+
+
+SHAPES = {"none": "l7 9l-7 9l-7 -9z", "wrong_target": "l8 15h-16z"}
+"""A median's mark from its top: a diamond, a triangle; read without color."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ def _arm(arm: Arm, axis: Axis, y: float) -> dict[str, Any]:
     return {
         "y": y,
         "color": ARM_COLORS[arm.kind],
+        "shape": SHAPES.get(arm.kind, SHAPES["none"]),
         "dots": _dots([axis.at(v) for v in values], y, 12),
         "x": None if middle is None else axis.at(middle),
         "text": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from holdfast.finding import Finding, tally
@@ -15,12 +16,13 @@ def section(data: ReportData) -> Section | None:
     if not findings:
         return None
     failed = sorted((f for f in findings if not f.passed), key=lambda f: not f.stops)
-    groups = {where: [f for f in findings if f.where == where] for where in _places(findings)}
+    places = _places(findings)
     unchecked = sum("preflight" not in record["run"] for record in data.records)
     context: dict[str, Any] = {
         "tally": tally(findings),
         "failed": failed,
-        "groups": groups,
+        "checks": [_check(own, places) for own in _by_check(findings)],
+        "places": places,
         "n_unchecked": unchecked,
         "n_trials": len(data.records),
     }
@@ -40,3 +42,32 @@ def n_faults(data: ReportData) -> int:
 
 def _places(findings: list[Finding]) -> list[str]:
     return list(dict.fromkeys(finding.where for finding in findings))
+
+
+def _by_check(findings: Sequence[Finding]) -> list[list[Finding]]:
+    names = dict.fromkeys(finding.check for finding in findings)
+    return [[f for f in findings if f.check == name] for name in names]
+
+
+def _check(own: Sequence[Finding], places: Sequence[str]) -> dict[str, Any]:
+    """A check with what it found in every place; what is the same in several is said once."""
+    where = list(dict.fromkeys(finding.where for finding in own))
+    return {
+        "check": own[0].check,
+        "where": where,
+        "everywhere": where == list(places),
+        "failed": sorted({f.level for f in own if not f.passed}, reverse=True),
+        "expected": _told([(f.where, f.expected) for f in own]),
+        "measured": _told([(f.where, f.measured) for f in own]),
+    }
+
+
+def _told(said: Sequence[tuple[str, str]]) -> list[tuple[list[str], str]]:
+    """Texts with the places each holds for; no places where all have one text."""
+    texts = dict.fromkeys(text for _, text in said)
+    if len(texts) == 1:
+        return [([], text) for text in texts]
+    return [
+        (list(dict.fromkeys(where for where, other in said if other == text)), text)
+        for text in texts
+    ]

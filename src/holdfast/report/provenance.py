@@ -11,8 +11,8 @@ from typing import Any
 
 from holdfast.report.data import ReportData
 from holdfast.report.section import Section
-from holdfast.report.wording import arm_name
 from holdfast.strict_json import json_safe
+from holdfast.wording import arm_name, power
 
 
 def section(data: ReportData) -> Section:
@@ -65,7 +65,7 @@ def _rows_at_once(plan: dict[str, Any]) -> str:
 def _foreseen(run: dict[str, Any], case: str) -> str:
     """Seconds as they were forecast for a case; nothing where they were not."""
     least, most = run.get("forecast", {}).get(f"seconds_{case}", (None, None))
-    return "" if least is None else f"{least:.2g} to {most:.2g}"
+    return "" if least is None else f"{power(least)} to {power(most)}"
 
 
 def _different(values: Iterable[Any]) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from holdfast.report.data import AuditData, ReportData
+from holdfast.report.data import AuditData, Point, ReportData
 from holdfast.report.section import Section
 from holdfast.triggers import PREFIX as TRIGGER
+from holdfast.wording import points
 
 PREFIX = "neighbor."
 SCORE = "score."
@@ -16,7 +17,7 @@ def section(data: ReportData) -> Section:
     audits = [
         {
             "name": audit.name,
-            "rows": _rows(audit),
+            "rows": neighbors(audit.headlines[0]),
             "scores": _scores(audit),
             "triggers": _triggers(audit),
         }
@@ -62,18 +63,14 @@ def _triggers(audit: AuditData) -> list[dict[str, Any]]:
 
 def _points(measured: dict[str, Any]) -> dict[str, Any]:
     """A difference of shares in points, as signed text; "–" where it was not scored."""
-
-    def signed(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
-
-    return {part: signed(measured[part]) for part in ("estimate", "low", "high")} | {
+    return {part: points(measured[part], 1) for part in ("estimate", "low", "high")} | {
         "n": measured["n"], "unit": measured["unit"],
     }  # fmt: skip
 
 
-def _rows(audit: AuditData) -> list[dict[str, Any]]:
-    """A row per neighbor; the same under every constraint, so the headline's are shown."""
-    measured = {m["name"]: m for m in audit.headlines[0].main.result["measurements"]}
+def neighbors(point: Point) -> list[dict[str, Any]]:
+    """A row per neighbor; the same under every constraint, so a headline's are shown."""
+    measured = {m["name"]: m for m in point.main.result["measurements"]}
     rows = []
     for name, clean in measured.items():
         if not name.startswith(PREFIX) or not name.endswith(".clean"):

@@ -42,11 +42,10 @@ def _spread(points: list[Point]) -> list[Point]:
 
 def _figure(index: int, audit: AuditData, points: list[Point], data: ReportData) -> Figure:
     traces = []
-    for point in points:
-        of_kind = [p for p in points[: points.index(point)] if p.constraint == point.constraint]
+    for place, point in enumerate(points):
         style = {
             "color": color_of(point.constraint, CONSTRAINT_COLORS, data.constraints),
-            "dash": DASHES[len(of_kind) % len(DASHES)],
+            "dash": DASHES[place % len(DASHES)],
         }
         trace = point.main.result["trace"]
         n = max(len(point.main.audited), 1)

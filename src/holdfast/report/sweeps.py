@@ -20,6 +20,7 @@ from holdfast.report.figures import (
     ARM_COLORS,
     CONSTRAINT_COLORS,
     DASHES,
+    SYMBOLS,
     Figure,
     color_of,
     figure,
@@ -113,6 +114,7 @@ def _style(sweep: Sweep, index: int, line: Line, order: Sequence[str]) -> dict[s
     return {
         "color": color_of(line.constraint, CONSTRAINT_COLORS, order),
         "dash": DASHES[len(of_kind) % len(DASHES)],
+        "symbol": SYMBOLS[index % len(SYMBOLS)],
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from holdfast.report.data import AuditData, Point, ReportData
 from holdfast.report.known_answer import findings
 from holdfast.report.section import Section
-from holdfast.report.wording import arm_name, ratio
+from holdfast.wording import arm_name, ratio
 
 MEANINGS = {
     "held": "The search found no perturbation that brings the behavior back.",
@@ -18,11 +18,22 @@ MEANINGS = {
     ),
     "undecided": "The search, or its controls, are not enough to say.",
 }
+NOT_SAID = {
+    "held": "That no vector exists: this search, inside this constraint and budget, found none.",
+    "breached": "That anyone could do it without access to the model's activations.",
+    "forcible": "That the behavior is gone, or that it is still there.",
+    "undecided": "Anything yet: the search is unfinished, or has too few independent prompts.",
+}
 MARKS = {"held": "■", "breached": "▲", "forcible": "◆", "undecided": "○"}
 
 
 def section(data: ReportData) -> Section:
-    cards = [card(audit, point) for audit in data.audits for point in audit.headlines]
+    cards = [
+        # The first screen links to an audit's first card.
+        card(audit, point) | {"number": number if point is audit.headlines[0] else None}
+        for number, audit in enumerate((a for a in data.audits if a.headlines), 1)
+        for point in audit.headlines
+    ]
     return Section("verdicts", "Verdicts", {"cards": cards})
 
 

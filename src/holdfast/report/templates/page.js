@@ -23,6 +23,13 @@
   function draw() {
     for (const { target, figure } of specs) {
       const layout = Object.assign({}, figure.layout, { template: template(), autosize: true });
+      // Beside a narrow figure a legend would leave no room for it: put it underneath.
+      if (layout.legend && layout.legend.orientation === "v" && target.clientWidth < 760) {
+        const lines = figure.data.filter((trace) => trace.showlegend !== false).length;
+        layout.legend = { orientation: "h", x: 0, y: -0.28, yanchor: "top" };
+        layout.height = figure.layout.height + 26 * Math.ceil(lines / 2);
+        target.style.height = layout.height + "px";
+      }
       Plotly.react(target, figure.data, layout, {
         displayModeBar: false,
         responsive: true,

@@ -1,0 +1,1 @@
+"""What commands print as tables, with the words and numbers of the page: one file each."""
