@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from holdfast.run import Watcher
     from holdfast.trial import Trial
 
-_LEVEL = {"fault": "bold red", "caution": "yellow"}
+_LEVEL = {"error": "bold red", "fault": "bold red", "caution": "yellow"}
 _STYLE = {"held": "green", "breached": "bold red", "forcible": "yellow", "undecided": "dim"}
 
 
