@@ -180,11 +180,11 @@ def _states(found: Recovered, batch: Batch) -> Tensor:
     the prompt that the trial perturbs."""
     reads = [Capture(site) for site in found.problem.sites]
     found.setting.subject.outputs(batch, reads)
-    means = []
+    where, means = found.spec.perturb, []
     for read in reads:
         rows = []
         for frame, x in read.seen:
-            mask = selected(found.spec.perturb.positions, False, frame)[..., None]
+            mask = selected(where.positions, where.include_bos, frame)[..., None]
             rows.append((x.float() * mask).sum(1) / mask.sum(1).clamp_min(1))
         means.append(torch.cat(rows))
     return torch.stack(means, 1)

@@ -20,7 +20,7 @@ from holdfast.batch import Frame
 from holdfast.edits import Edit, FeatureEdit
 from holdfast.errors import EditError, FeatureError, PositionError
 from holdfast.features import EVERY_GROUP
-from holdfast.positions import check_possible
+from holdfast.positions import check_not_bos, check_possible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ class Calls:
         kinds = {p.kind: p.name for p in self._signature.parameters.values()}
         self._others = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
         self._bos = _bos_ids(model)
-        self._listed = [edit.where for edit in clamps if isinstance(edit.where, tuple)]
+        self._listed = [(e.where, e.include_bos) for e in clamps if isinstance(e.where, tuple)]
         self._by_prompt = sorted(
             {e.where for e in clamps if isinstance(e.where, str) and e.where != "all"}
         )
@@ -122,10 +122,11 @@ class Calls:
         """
         for prompt in self._seen:
             ends = prompt.frame.prompt_length + prompt.n_after
-            for where in self._listed:
+            for where, include_bos in self._listed:
                 n_there = [int((ends > position).sum()) for position in where]
                 if any(0 < n < len(ends) or (n == 0 and not prompt.n_after) for n in n_there):
-                    check_possible(where, prompt.frame, prompt.n_after)
+                    check_possible(where, include_bos, prompt.frame, prompt.n_after)
+                check_not_bos(where, include_bos, prompt.frame)
 
     def _check_prompt(self, given: dict[str, Any], cache: Any) -> None:
         """Raise EditError if what is in the call need not be the prompt and it matters."""

@@ -43,10 +43,12 @@ def render(
     # A template may trim the instruction, and what the instruction says may be in the suffix too.
     kept = text.removesuffix(suffix).rstrip()
     if not text.endswith(suffix) or not kept.endswith(instruction.strip()):
+        # No words of the instruction: what refuses it may be shown where prompts are not.
         raise StudyError(
             f"the chat template of {_name(tokenizer)} does not render instructions as they are: "
-            f"expected {_end(instruction.strip() + suffix)!r} at the end, got {_end(text)!r}; "
-            "render the prompts yourself and give them as plain text"
+            f"expected the {len(instruction.strip())} characters of one and {suffix!r} after them, "
+            f"got a text of {len(text)} characters that does not end so; render the prompts "
+            "yourself and give them as plain text"
         )
     at = 0
     for number, (said, _) in enumerate(earlier, 1):
@@ -95,8 +97,11 @@ def _rendered(
     except (TemplateError, ValueError, TypeError) as error:
         what = "a system prompt" if system is not None else "a user turn"
         what = "several turns" if earlier else what
+        given = (instruction, *(said for said, _ in earlier))
+        quoted = any(each.strip() and each.strip() in str(error) for each in given)
+        why = type(error).__name__ if quoted else str(error)
         raise StudyError(
-            f"the chat template of {_name(tokenizer)} cannot render {what}: {error}"
+            f"the chat template of {_name(tokenizer)} cannot render {what}: {why}"
             + ("; leave the system prompt out" if system is not None else "")
         ) from None
     return text
@@ -105,7 +110,3 @@ def _rendered(
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     """What messages call a tokenizer; the last part of where it is from, which may be a path."""
     return str(tokenizer.name_or_path or "the tokenizer").rstrip("/").rpartition("/")[2]
-
-
-def _end(text: str) -> str:
-    return text[-60:]

@@ -72,7 +72,10 @@ def plan_(
     device: Device = "cpu",
     batch_size: BatchSize = "auto",  # type: ignore[assignment]
     prompt_tokens: Annotated[
-        int | None, typer.Option("--prompt-tokens", min=2, help="of the longest prompt [its own]")
+        int | None,
+        typer.Option(
+            "--prompt-tokens", min=2, help="of the longest prompt, instead of reading them"
+        ),
     ] = None,
     sae_width: Annotated[
         int | None, typer.Option("--sae-width", min=1, help="features, of SAEs not at hand")
@@ -82,12 +85,14 @@ def plan_(
     """Say what a study would cost: operations, memory, time, batch size. Loads no weights."""
     import json
 
+    from holdfast.datasets.unread import unread
     from holdfast.forecast import forecast_study, on_device, on_gpu
     from holdfast.forecast.show import as_json, rests_on, table_of
     from holdfast.study import load
     from holdfast.terminal import console, note
 
-    loaded = load(study, set_ or (), limit)
+    with unread(prompt_tokens is not None):  # which says all that a forecast reads of them
+        loaded = load(study, set_ or (), limit)
     where = on_device(device) if gpu is None else on_gpu(gpu)
     forecasts = forecast_study(loaded, where, batch_size, prompt_tokens, sae_width)
     if json_:
@@ -105,7 +110,7 @@ def demo(
     workers: Workers = 0,
     despite_faults: DespiteFaults = False,
 ) -> None:
-    """Audit the shipped organism: the whole method in about a minute."""
+    """Audit the shipped organism: the whole method in a few minutes."""
     from holdfast.study import bundled, parse
 
     text = bundled("demo")

@@ -136,7 +136,7 @@ class FeatureEdit:
 
     def check_inside(self, batch: Batch, n_generated: int = 0) -> None:
         """Raise PositionError if a prompt has not what the policy names."""
-        check_possible(self.where, batch.frame(), n_generated)
+        check_possible(self.where, self.include_bos, batch.frame(), n_generated)
 
     def assigned(self, z: Tensor, frame: Frame) -> Tensor:
         """The value each feature is given, from its present value z [b s k]."""

@@ -118,6 +118,12 @@ def d_model_of(config: Any) -> int:
     return int(config.get_text_config().hidden_size)
 
 
+def context_of(config: Any) -> int | None:
+    """How many positions a model has, None where its configuration sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("transformer.h", "transformer.ln_f", heads="attn.c_proj", attends="attn"),
     "gpt_neox": Family("gpt_neox.layers", "gpt_neox.final_layer_norm",

@@ -12,9 +12,9 @@ from holdfast.config import Config
 class Finding(Config):
     """One check and its outcome.
 
-    where: what was checked, an audit on a subject. level: what a failed check means. A fault makes
-    the numbers of a run wrong, so a run stops; a caution is something the reader of its report
-    should know.
+    where: what was checked, an audit on a subject. level: what a failed check means. An error is
+    what would end the run too, whatever is said to it; a fault makes the numbers of a run wrong, so
+    a run stops; a caution is something the reader of its report should know.
     """
 
     check: str
@@ -22,12 +22,12 @@ class Finding(Config):
     expected: str
     measured: str
     remedy: str = ""
-    level: Literal["fault", "caution"] = "fault"
+    level: Literal["error", "fault", "caution"] = "fault"
     where: str = ""
 
     @property
     def stops(self) -> bool:
-        return self.level == "fault" and not self.passed
+        return self.level != "caution" and not self.passed
 
     @property
     def name(self) -> str:
@@ -37,6 +37,8 @@ class Finding(Config):
     @property
     def sentence(self) -> str:
         """What went wrong and what to do, for messages."""
+        if self.level == "error":  # its message has all three parts
+            return f"{self.name}: {self.measured}"
         said = f"{self.name}: expected {self.expected}; measured {self.measured}"
         return f"{said}. To do: {self.remedy}" if self.remedy else said
 

@@ -22,11 +22,11 @@ Where = (
 )
 
 
-def check_possible(where: Where, frame: Frame, n_generated: int = 0) -> None:
+def check_possible(where: Where, include_bos: bool, frame: Frame, n_generated: int = 0) -> None:
     """Raise PositionError if some prompt has not what the policy names.
 
-    A listed position outside the prompt and `n_generated` tokens, or a chat template where there is
-    none: both would be skipped there without a word.
+    A listed position outside the prompt and `n_generated` tokens, one that is BOS where BOS is left
+    out, or a chat template where there is none: all would be skipped there without a word.
     """
     if not len(frame.ids):
         return
@@ -44,6 +44,17 @@ def check_possible(where: Where, frame: Frame, n_generated: int = 0) -> None:
         raise PositionError(
             f"positions {outside} are listed, but the shortest sequence has positions 0 to "
             f"{shortest - 1}; list only what every prompt has, or use a policy such as last_prompt"
+        )
+    check_not_bos(where, include_bos, frame)
+
+
+def check_not_bos(where: Where, include_bos: bool, frame: Frame) -> None:
+    """Raise PositionError if a listed position is BOS, and BOS is left out."""
+    if not isinstance(where, str) and 0 in where and not include_bos and bool(frame.bos.any()):
+        row = int(frame.bos.int().argmax())
+        raise PositionError(
+            f"position 0 is listed, but in prompt {frame.ids[row]} that is BOS, which is left out; "
+            "set include_bos = true beside the positions, or list them without 0"
         )
 
 

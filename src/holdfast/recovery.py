@@ -35,12 +35,16 @@ __all__ = [
 
 
 class Perturb(Config):
-    """Where the perturbation lives. sites: empty for the intervention's own. answer: so many tokens
-    of the answer in addition to the prompt positions, for behaviors that are read from text; fewer
-    where an answer is shorter."""
+    """Where the perturbation lives.
+
+    sites: empty for the intervention's own. include_bos: the BOS token too, where the positions
+    name it. answer: so many tokens of the answer in addition to the prompt positions, for behaviors
+    that are read from text; fewer where an answer is shorter.
+    """
 
     sites: tuple[str, ...] = ()
     positions: Where = "last_prompt"
+    include_bos: Annotated[bool, LATER] = False
     answer: int = Field(0, ge=0)
 
 

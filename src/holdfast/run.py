@@ -149,7 +149,8 @@ def run_study(
 def _checked(
     plan: Plan, todo: Sequence[Trial], lab: Lab, runtime: Runtime, watcher: Watcher
 ) -> dict[str, list[Finding]]:
-    """What preflight finds, by trial id. Raises PreflightError on a fault, unless told not to."""
+    """What preflight finds, by trial id. Raises PreflightError on an error, and on a fault unless
+    told not to."""
     if not todo:
         return {}
     clock = time.perf_counter()
@@ -157,8 +158,7 @@ def _checked(
         findings = preflight(plan, lab, todo)
     every = list(dict.fromkeys(finding for made in findings.values() for finding in made))
     watcher.checked(every, time.perf_counter() - clock)
-    if not runtime.despite_faults:
-        require(every)
+    require(every, runtime.despite_faults)
     return findings
 
 

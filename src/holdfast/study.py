@@ -196,7 +196,12 @@ def _checked(data: dict[str, Any]) -> Study:
 def _explain(error: ValidationError) -> str:
     """Pydantic's findings as one line each: where, what."""
     lines = []
-    for finding in error.errors(include_url=False):
+    findings = error.errors(include_url=False)
+    for finding in findings:
+        # Of a list whose entries are all wrong pydantic says that it is empty, too.
+        inside = [f for f in findings if f["loc"][: len(finding["loc"])] == finding["loc"]]
+        if finding["type"] == "too_short" and len(inside) > 1:
+            continue
         where = ".".join(str(part) for part in finding["loc"]) or "study"
         message = finding["msg"].removeprefix("Value error, ")
         given = finding["input"]

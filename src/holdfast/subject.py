@@ -14,7 +14,7 @@ from holdfast.batch import Batch, Example, Frame
 from holdfast.batching import Batching, Work
 from holdfast.edits import Edit, EveryToken, Placed
 from holdfast.errors import NonFiniteError, SAEError, SplitError, SubjectError
-from holdfast.families import Family, d_model_of, family_of
+from holdfast.families import Family, context_of, d_model_of, family_of
 from holdfast.hooks import AttachedEdits
 from holdfast.loading import SubjectSpec, load_model
 from holdfast.positions import check_fits
@@ -116,15 +116,15 @@ class Subject:
         if site not in self.saes:
             raise SAEError(
                 f"no SAE at {site}: {self.name} was loaded with SAEs at "
-                f"{', '.join(map(str, self.saes))}"
+                f"{', '.join(map(str, self.saes))}; add one for that site under [[subject.saes]], "
+                "or leave it out of features and circuit"
             )
         return self.saes[site]
 
     @property
     def context(self) -> int | None:
         """How many positions the model has, None where its configuration sets no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) else None
+        return context_of(self.model.config)
 
     @property
     def ends(self) -> frozenset[int]:
@@ -143,7 +143,8 @@ class Subject:
         ids = self.tokenizer.encode(continuation, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
             raise SubjectError(
-                f"{continuation!r} must be one token of {self.name}'s vocabulary, it is {ids}"
+                f"{continuation!r}: expected one token of {self.name}'s vocabulary, got {len(ids)} "
+                f"({ids}); ask for answers that this tokenizer has as single tokens"
             )
         return ids[0]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from holdfast.run import Watcher
     from holdfast.trial import Trial
 
-LEVEL = {"fault": "bold red", "caution": "yellow"}
+LEVEL = {"error": "bold red", "fault": "bold red", "caution": "yellow"}
 
 
 def console() -> Console:

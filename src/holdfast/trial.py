@@ -228,9 +228,12 @@ def _require_prompts(trial: Trial, setting: Setting, case: Case) -> None:
         return
     funnel = funnel_of(setting, case, None)
     stages = ", ".join(f"{name} {n}" for name, n in funnel["stages"].items())
+    # Of the first condition that leaves no prompt.
+    seen = setting.changed if setting.clean.any() else setting.observed
+    judged = f"; {seen.told}" if seen is not None and seen.told else ""
     raise EmptyValidSetError(
         f"audit {trial.audit!r}, control {trial.control.kind!r}: no prompt is left to search "
-        f"({stages}). With no clean prompts the model does not show the behavior; with no "
+        f"({stages}{judged}). With no clean prompts the model does not show the behavior; with no "
         "suppressed ones the intervention does not remove it: try another strength, more features "
         "or another site",
         funnel["stages"],

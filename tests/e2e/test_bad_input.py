@@ -215,7 +215,48 @@ def test_positions_outside_the_prompts(tmp_path: Path) -> None:
 def test_a_clamp_at_positions_outside_the_prompts(tmp_path: Path) -> None:
     study = tiny()
     study["audits"][0]["intervention"]["positions"] = [0, 500]
-    refused(attempt(study, tmp_path / "run"), r"positions \[500\]", r"positions 0 to \d+")
+    said = attempt(study, tmp_path / "run")
+    refused(said, r"positions \[500\]", r"positions 0 to \d+")
+    assert "despite-faults" not in said.err, "it would end the run all the same"
+
+
+@pytest.mark.parametrize("of", ["recovery", "intervention"])
+def test_a_listed_position_that_is_bos_is_not_skipped(tmp_path: Path, of: str) -> None:
+    study = tiny()
+    if of == "recovery":
+        study["recovery"]["perturb"] = {"positions": [0, 5]}
+    else:
+        study["audits"][0]["intervention"]["positions"] = [0, 5]
+    refused(
+        attempt(study, tmp_path / "run"), "position 0 is listed", "is BOS", "include_bos = true"
+    )
+
+
+def test_bos_is_perturbed_where_the_study_says_so(tmp_path: Path) -> None:
+    study = tiny()
+    study["recovery"]["perturb"] = {"positions": [0, 5], "include_bos": True}
+    said = attempt(study, tmp_path / "run")
+    assert said.code == 0, said.err
+    store = RunFolder.read(tmp_path / "run")
+    (record,) = store.records()
+    positions = store.tensors(record["id"])["positions"]
+    assert len(positions) and (positions == torch.tensor([0, 5])).all()
+
+
+@pytest.mark.parametrize(
+    "perturb, message",
+    [
+        ({"positions": [500]}, "positions 0 to"),
+        ({"positions": [0, 5]}, "is BOS"),
+        ({"sites": ["blocks.9.hook_resid_post"]}, "no site blocks.9"),
+    ],
+)
+def test_check_sees_what_cannot_be_perturbed(tmp_path: Path, perturb: Study, message: str) -> None:
+    study = tiny()
+    study["recovery"]["perturb"] = perturb
+    said = holdfast("check", write(tmp_path / "bad.toml", study))
+    assert said.code == 1 and "error" in said.out
+    assert message in " ".join(said.out.split())
 
 
 def asked(path: Path, *prompts: str, **behavior: Any) -> Study:
@@ -253,6 +294,32 @@ def test_prompts_longer_than_the_context(tmp_path: Path, fits_alone: bool) -> No
     refused(said, r"[1-6] of \d+ prompts do not fit into the 128 tokens that organism reads", kind)
     refused(said, "never cut")
     assert not list((tmp_path / "run").glob("trials/*"))
+    refused(holdfast("plan", tmp_path / "bad.toml"), "do not fit into the 128 tokens", "never cut")
+
+
+def test_answers_that_were_all_cut_are_told(tmp_path: Path) -> None:
+    study = asked(tmp_path / "prompts.jsonl", n_forced=2)
+    study["audits"][0]["behavior"] |= {"max_new_tokens": 3}
+    said = attempt(study, tmp_path / "run")
+    refused(said, "clean 0", r"judged truncated (\d+); \1 of \1 were cut", "raise max_new_tokens")
+
+
+def test_a_template_that_changes_prompts_shows_none_of_them(tmp_path: Path) -> None:
+    folder = copy_of("organism", tmp_path / "loud")
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] | upper }} <assistant>")
+    study = asked(tmp_path / "prompts.jsonl")
+    study["subject"]["model"] = str(folder)
+    said = attempt(study, tmp_path / "run")
+    refused(said, "does not render instructions as they are")
+    assert "ladder" not in said.err.lower()
+
+
+def test_a_bad_audit_is_one_fault_and_not_also_none(tmp_path: Path) -> None:
+    study = tiny()
+    study["audits"][0]["behavior"] = {"kind": "ioi", "colour": 3}
+    said = attempt(study, tmp_path / "run")
+    refused(said, "colour")
+    assert "at least 1 item" not in said.err
 
 
 # --- Subject and SAEs -----------------------------------------------------------------------------
@@ -394,7 +461,10 @@ def test_an_sae_that_does_not_fit(tmp_path: Path) -> None:
         ([{"site": SITE, "ids": [-1]}], [r"\[-1\] are out of range"]),
         ([{"site": SITE, "ids": [5, 6, 5]}], [r"\[5\] are given twice"]),
         ([{"site": SITE, "ids": [5]}, {"site": SITE, "ids": [6]}], ["given twice"]),
-        ([{"site": ELSEWHERE, "ids": [5]}], [f"no SAE at {ELSEWHERE}: .*with SAEs at {SITE}"]),
+        (
+            [{"site": ELSEWHERE, "ids": [5]}],
+            [f"no SAE at {ELSEWHERE}: .*with SAEs at {SITE}; add one"],
+        ),
         ([{"site": s, "ids": [5]} for s in (SITE, ELSEWHERE)], [f"no SAE at {ELSEWHERE}"]),
         ([{"site": SITE, "ids": [5], "group": "nobody"}], ["no features for the groups"]),
         ([{"site": SITE, "ids": []}], ["features.0.ids"]),

@@ -319,7 +319,9 @@ def plants(*faults: str, cautions: Sequence[str] = ()) -> Callable[[Plant], Plan
     """A mutation by its function's name, and exactly what fails then: the diagnosis first."""
 
     def keep(plant: Plant) -> Plant:
-        expected = dict.fromkeys(faults, "fault") | dict.fromkeys(cautions, "caution")
+        # What cannot be checked at all is called by what it is of: the prompts, the SAE.
+        expected = {name: "error" if name.startswith("the ") else "fault" for name in faults}
+        expected |= dict.fromkeys(cautions, "caution")
         MUTATIONS[plant.__name__] = plant, expected
         return plant
 
@@ -645,7 +647,7 @@ def test_a_planted_mistake_is_found_and_named(
 # --- What is made of findings ---------------------------------------------------------------------
 
 
-def finding(passed: bool, level: Literal["fault", "caution"] = "fault") -> Finding:
+def finding(passed: bool, level: Literal["error", "fault", "caution"] = "fault") -> Finding:
     return Finding(check="moon", passed=passed, level=level, expected="full", measured="new",
                    remedy="wait", where="here")  # fmt: skip
 
@@ -655,8 +657,16 @@ def test_only_faults_stop_a_run() -> None:
     with pytest.raises(PreflightError) as caught:
         require([finding(False), finding(False), finding(True)])
     said = str(caught.value)
-    assert "a fault" in said and "--despite-faults" in said
+    assert "a mistake" in said and "--despite-faults" in said
     assert said.count("here: moon: expected full; measured new. To do: wait") == 1
+    require([finding(False)], despite_faults=True)
+
+
+def test_an_error_stops_a_run_whatever_is_said_to_it() -> None:
+    """Its sentence is the message of what went wrong, and no way round it is offered."""
+    with pytest.raises(PreflightError) as caught:
+        require([finding(False, "error"), finding(False)], despite_faults=True)
+    assert str(caught.value).endswith("nothing was searched:\n  here: moon: new")
 
 
 def test_tally() -> None:
@@ -666,7 +676,7 @@ def test_tally() -> None:
     assert tally([good, caution, fault, fault]) == "4 checks, 2 faults, 1 caution"
 
 
-def test_a_check_that_cannot_be_made_is_a_fault_and_keeps_none_from_being_made(
+def test_a_check_that_cannot_be_made_is_an_error_and_keeps_none_from_being_made(
     organism: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(scene: Scene, sae: SAE) -> Iterator[Finding]:
@@ -676,7 +686,7 @@ def test_a_check_that_cannot_be_made_is_a_fault_and_keeps_none_from_being_made(
     monkeypatch.setattr(saes, "active", broken)
     monkeypatch.setattr(saes, "reading", broken)
     findings = checked(organism)
-    assert failed(findings) == {"the SAE": "fault"}
+    assert failed(findings) == {"the SAE": "error"}
     assert any(f.check == "cache under the intervention" for f in findings)
 
 

@@ -16,12 +16,11 @@ from holdfast.batch import Batch
 from holdfast.canonical import digest
 from holdfast.controls import Case
 from holdfast.edits import Perturbation
-from holdfast.errors import StudyError
 from holdfast.found import Found, result_of
 from holdfast.generality import between_orders
 from holdfast.openly import openly
 from holdfast.paths import follow
-from holdfast.positions import check_possible, selected
+from holdfast.perturbed import positions_of, sites_of
 from holdfast.problem import Problem
 from holdfast.prompt_rows import examples_of
 from holdfast.recovery import Recovery, RecoverySpec, recover_together
@@ -218,34 +217,9 @@ def _sharing(attacked: Sequence[Attacked]) -> list[list[int]]:
 
 
 def _sites(spec: RecoverySpec, case: Case) -> tuple[Site, ...]:
-    """The perturbed sites, in forward order; the clamped ones if the study names none."""
-    named = {Site.parse(site) for site in spec.perturb.sites} or set(case.features.sites)
-    sites = tuple(sorted(named))
-    if sites[-1].depth > case.subject.n_blocks:
-        raise StudyError(
-            f"{case.subject.name} has {case.subject.n_blocks} blocks, so there is no "
-            f"site {sites[-1]} to perturb"
-        )
-    return sites
+    subject = case.subject
+    return sites_of(spec.perturb, tuple(case.features.sites), subject.name, subject.n_blocks)
 
 
 def _positions(spec: RecoverySpec, case: Case) -> Tensor:
-    """[n p] absolute positions that the policy names, -1 where a row has fewer."""
-    frame = case.batch.frame()
-    check_possible(spec.perturb.positions, frame)
-    mask = selected(spec.perturb.positions, False, frame)
-    if spec.perturb.answer:
-        if case.batch.forced is None:
-            raise StudyError(
-                "perturb.answer adds positions of the answer, and this behavior is read at the "
-                "last prompt token; leave it out"
-            )
-        begin = frame.prompt_length[:, None]
-        mask = mask | ((frame.positions >= begin) & (frame.positions < begin + spec.perturb.answer))
-    if not mask.any(1).all():
-        raise StudyError(
-            f"perturb.positions = {spec.perturb.positions!r} names no position in some prompts"
-        )
-    width = int(mask.sum(1).max())
-    masked = torch.where(mask, frame.positions, -1)
-    return masked.sort(1, descending=True).values[:, :width].flip(1)
+    return positions_of(spec.perturb, case.batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -38,3 +39,16 @@ class Observation:
     tokens: tuple[tuple[int, ...], ...] = ()
     readings: Mapping[str, Reading] = field(default_factory=dict)
     fidelity: tuple[Fidelity, ...] = ()
+
+    @property
+    def told(self) -> str:
+        """How many replies were judged to be what, and how many of them were cut, in words; empty
+        where no replies are judged."""
+        if not self.labels:
+            return ""
+        counts = Counter(self.labels).most_common()
+        said = f"judged {', '.join(f'{label} {n}' for label, n in counts)}"
+        cut = sum(reply.truncated for reply in self.replies)
+        if cut:
+            said += f"; {cut} of {len(self.labels)} were cut at the limit: raise max_new_tokens"
+        return said

@@ -21,6 +21,7 @@ from holdfast.behaviors.prompts import chat_examples, organism_examples, prompts
 from holdfast.canonical import canonical_json
 from holdfast.config import IDENTITY
 from holdfast.datasets import DATASETS, Dataset, DatasetKind
+from holdfast.datasets.unread import left_unread
 from holdfast.edits import Edit
 from holdfast.errors import StudyError
 from holdfast.judges import Judge, JudgeError, JudgeKind, complies, named, refuses
@@ -110,6 +111,8 @@ class Refusal(BehaviorKind):
         """What a study names is read with it, before any model is loaded. A record's data, known
         by hash, need not be there."""
         self = handler(data)
+        if left_unread():
+            return self
         for role in ("source", "refused", "benign") if isinstance(data, dict) else ():
             dataset = getattr(self, role)
             if isinstance(dataset, DatasetKind) and not _hashed(data.get(role)):

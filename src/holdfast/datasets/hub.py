@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from holdfast.datasets import DatasetKind, sha256_of_files
+from holdfast.datasets.unread import left_unread
 from holdfast.errors import StudyError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -42,7 +43,8 @@ class Hub(DatasetKind):
     @model_validator(mode="after")
     def _resolved(self) -> Hub:
         """Commit and hash, filled in. What has both, a record's say, is not looked up."""
-        if self.sha256 is not None and _COMMIT.fullmatch(self.revision):
+        known = self.sha256 is not None and _COMMIT.fullmatch(self.revision)
+        if known or left_unread():
             return self
         try:
             folder = self._snapshot()

@@ -43,6 +43,11 @@ class DiscoveryKind(Kind):
         raise NotImplementedError
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites it is sure to find features at; empty for those of the subject's SAEs."""
+        return ()
+
+    @property
     def reads_whole(self) -> bool:
         """Whether it runs the whole SAE, with gradients, on the fit split: what a forecast counts
         on unless a kind says that it does not."""

@@ -46,6 +46,10 @@ class Given(DiscoveryKind):
         return FeatureSet(entries=self.features, source="given")
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(dict.fromkeys(Site.parse(entry.site) for entry in self.features))
+
+    @property
     def reads_whole(self) -> bool:
         return False
 

@@ -30,6 +30,7 @@ from holdfast.forecast.work import Stage, Work, total
 from holdfast.grid import Point
 from holdfast.loading import SubjectSpec
 from holdfast.planning import sketch
+from holdfast.positions import check_fits
 from holdfast.study import Study
 from holdfast.trial import Trial, setting_key
 
@@ -137,7 +138,8 @@ def scene_of(
     """Everything known of a trial. batch_size: 0 for as many rows as are worth it; prompt_tokens:
     of its longest prompt, instead of its own.
 
-    Raises SubjectError or SAEError where a shape is not known.
+    Raises SubjectError or SAEError where a shape is not known, ContextError for prompts that are
+    too long.
     """
     spec = described_spec(spec)
     folder = spec.folder()
@@ -148,9 +150,12 @@ def scene_of(
         prompts = Prompts.counted(
             tokenizer, trial.behavior, trial.data, trial.seed, spec.prepend_bos
         )
-    shapes = shapes_of(spec, sae_width)
+    shapes, model = shapes_of(spec, sae_width), architecture_of(folder)
+    if prompts.measured:
+        longest, new = (prompts.longest,), trial.behavior.answer_tokens
+        check_fits(trial.subject.name, model.context, longest, (prompts.width,), new)
     return Scene(
-        trial, architecture_of(folder), spec.dtype, spec.quantization,
+        trial, model, spec.dtype, spec.quantization,
         spec.attention_used() == "eager", shapes, prompts,
         Sizes.every(batch_size) if batch_size else MOST,
     )  # fmt: skip

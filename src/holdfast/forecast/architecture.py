@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import SubjectError
-from holdfast.families import d_model_of, family_of
+from holdfast.families import context_of, d_model_of, family_of
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's shapes. parameters: all of it, tied ones once."""
+    """A model's shapes. parameters: all of it, tied ones once; context: how many positions it has,
+    None where its configuration sets no limit."""
 
     d_model: int
     vocabulary: int
     parameters: int
     blocks: tuple[Block, ...]
+    context: int | None = None
 
     @property
     def n_blocks(self) -> int:
@@ -86,6 +88,7 @@ class Architecture:
                 _block(block, text, window)
                 for block, window in zip(blocks, windows or [None] * len(blocks), strict=True)
             ),
+            context=context_of(config),
         )
 
 

@@ -10,11 +10,7 @@ from holdfast.errors import StudyError
 from holdfast.setting import Data
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedTokenizerBase
-
-    from holdfast.batch import Example
 
 SPLITS: tuple[Split, ...] = ("fit", "tune", "test")
 
@@ -26,7 +22,7 @@ class Prompts:
 
     answers: most answers that compete for a prompt, where one token is read; opposed: prompts on
     which the model by itself does what the intervention makes it do; measured: whether the study's
-    own prompts were counted.
+    own prompts were counted; longest: the id of the longest, if so.
     """
 
     n: dict[Split, int]
@@ -36,6 +32,7 @@ class Prompts:
     measured: bool
     answers: int = 2
     opposed: int = 0
+    longest: str = ""
 
     @classmethod
     def assumed(cls, data: Data, width: int, template: int = 8) -> Prompts:
@@ -61,20 +58,17 @@ class Prompts:
         opposed = behavior.opposed(tokenizer, "test", data.test, seed)
         every = [e for s in SPLITS for e in (*asked[s], *others[s])]
         suffixes = {e.suffix for e in every if e.suffix}
+        lengths = {e.id: len(tokenizer.encode(e.text, add_special_tokens=e.special)) for e in every}
+        longest = max(lengths, key=lambda name: lengths[name], default="")
         return cls(
             n={s: len(found) for s, found in asked.items()},
             neighbors={s: len(found) for s, found in others.items()},
-            width=_longest(tokenizer, every) + prepend_bos,
+            width=lengths.get(longest, 1) + prepend_bos,
             template=max(
                 (len(tokenizer.encode(s, add_special_tokens=False)) for s in suffixes), default=1
             ),
             measured=True,
             answers=max((1 + len(e.rivals) for e in asked["test"]), default=2),
             opposed=len(opposed),
+            longest=longest,
         )
-
-
-def _longest(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:
-    return max(
-        (len(tokenizer.encode(e.text, add_special_tokens=e.special)) for e in examples), default=1
-    )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from holdfast.batching import Sizes
-from holdfast.config import nearest
 from holdfast.errors import StudyError
 from holdfast.forecast.architecture import Architecture
 from holdfast.forecast.passes import Passes
@@ -115,7 +114,10 @@ class Scene:
 
     def _has_sae(self, site: Site) -> bool:
         if site not in self.saes:
-            raise StudyError(f"no SAE at {site}: {nearest(str(site), map(str, self.saes))}")
+            raise StudyError(
+                f"no SAE at {site}: the study has SAEs at {', '.join(map(str, self.saes))}; add "
+                "one for that site under [[subject.saes]], or leave it out of features and circuit"
+            )
         return True
 
     # ------------------------------------------------------------------ tokens

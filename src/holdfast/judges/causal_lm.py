@@ -98,11 +98,13 @@ class CausalLM(PretrainedJudge):
             if not tokens[answer]:
                 raise JudgeError(
                     f"{self.label}: the answer {answer!r} is not one token after its template; "
-                    "choose answers that are, as 'yes' and 'no' or 'A' and 'B'"
+                    f"choose answers that {self.model or 'its tokenizer'} has as single tokens, "
+                    "often letters or digits"
                 )
         for first, second in itertools.combinations(tokens, 2):
             if tokens[first] & tokens[second]:
                 raise JudgeError(
-                    f"{self.label}: the answers {first!r} and {second!r} are the same token"
+                    f"{self.label}: the answers {first!r} and {second!r} are the same token; "
+                    "choose answers that differ in it"
                 )
         return [sorted(spelled) for spelled in tokens.values()]

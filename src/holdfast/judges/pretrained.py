@@ -107,7 +107,7 @@ class PretrainedJudge(JudgeKind):
             found = "no config.json in it" if folder.exists() else "nothing there"
             raise JudgeError(
                 f"{self.label}: expected a folder with config.json, tokenizer and safetensors "
-                f"weights, found {found}"
+                f"weights, found {found}; give the folder that the judge was saved to, or a hub id"
             )
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -229,13 +229,15 @@ def _loaded(
         # What transformers raises for damaged or missing files differs by file and version.
         raise JudgeError(
             f"{label} cannot be loaded with {auto} on {device}: {error}; expected a model with "
-            "safetensors weights and its tokenizer that needs no code of its own"
+            "safetensors weights and its tokenizer that needs no code of its own; save it so "
+            "(save_pretrained of both), or name another"
         ) from None
     lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if lacking:
         raise JudgeError(
             f"{label}: its files lack {len(lacking)} weights (first: {lacking[:3]}), which would "
-            "be random numbers; a model that was not trained to classify is no classifier"
+            "be random numbers: expected a model with the head that it judges with; name one "
+            "that was trained to judge"
         )
     return model.eval().requires_grad_(False), tokenizer
 

@@ -34,8 +34,8 @@ def preflight(
     """Findings by trial id; those of an ignorant twin are among its trial's.
 
     What several trials share is checked once: the prompts, the subject and its SAEs by what the
-    prompts are drawn from, the intervention on top of that. A check that cannot be made at all is a
-    fault of its own.
+    prompts are drawn from, the intervention on top of that. A check that cannot be made at all is
+    an error of its own.
     """
     chosen = plan.trials if trials is None else trials
     out: dict[str, list[Finding]] = {trial.id: [] for trial in chosen}
@@ -49,9 +49,11 @@ def preflight(
             if scene is not None and key not in made:
                 made[key] = check_intervention(trial, scene)
             promised = []
+            if scene is not None:
+                promised += _made("what is perturbed", partial(intervention.named, scene, trial))
             if trial.recovery is not None:
                 make = partial(intervention.constraint, trial.recovery, subject)
-                promised = _made("the constraint", make)
+                promised += _made("the constraint", make)
             where = f"{trial.audit} on {identity.name}"
             out[trial.id] += [
                 finding.model_copy(update={"where": where})
@@ -132,18 +134,25 @@ def _impossible(what: str, error: HoldfastError) -> Finding:
     return Finding(
         check=what,
         passed=False,
-        expected="something that can be checked",
-        measured=f"{type(error).__name__}: {error}",
+        level="error",
+        expected="what the study names can be used",
+        measured=str(error),
     )
 
 
-def require(findings: Sequence[Finding]) -> None:
-    """Raise PreflightError naming every fault."""
-    faults = [finding for finding in dict.fromkeys(findings) if finding.stops]
-    if faults:
-        n = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise PreflightError(
-            f"preflight found {n}, and nothing was searched: the results would be wrong\n"
-            + "\n".join(f"  {fault.sentence}" for fault in faults)
-            + "\nMend this, or run with --despite-faults; the report then shows it."
-        )
+def require(findings: Sequence[Finding], despite_faults: bool = False) -> None:
+    """Raise PreflightError naming every error, and every fault unless told to pass over these."""
+    stops = [f for f in dict.fromkeys(findings) if f.stops]
+    if despite_faults:
+        stops = [finding for finding in stops if finding.level == "error"]
+    if not stops:
+        return
+    n = "a mistake" if len(stops) == 1 else f"{len(stops)} mistakes"
+    errors = any(finding.level == "error" for finding in stops)
+    raise PreflightError(
+        f"preflight found {n}, and nothing was searched"
+        + (":" if errors else ": the results would be wrong")
+        + "\n"
+        + "\n".join(f"  {finding.sentence}" for finding in stops)
+        + ("" if errors else "\nMend this, or run with --despite-faults; the report then shows it.")
+    )

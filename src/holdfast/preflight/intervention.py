@@ -14,15 +14,17 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.discovery import with_scale
-from holdfast.edits import Edit, FeatureEdit
+from holdfast.edits import Edit, FeatureEdit, Placed
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.finding import Finding
 from holdfast.interventions import InterventionKind
+from holdfast.perturbed import in_prompt, sites_of
 from holdfast.preflight.model import N_NEW, PARITY, cached_difference, few
 from holdfast.preflight.scene import Scene, listed
 from holdfast.recovery import RecoverySpec
 from holdfast.sites import Site
 from holdfast.subject import Subject
+from holdfast.trial import Trial
 
 N_STAND_INS = 8
 """Features the intervention is tried on."""
@@ -40,7 +42,8 @@ class Stage:
 
 
 def set_stage(scene: Scene, intervention: InterventionKind) -> Stage:
-    """Raises HoldfastError where the intervention cannot be made at all."""
+    """Raises HoldfastError where the intervention cannot be made at all, and PositionError where it
+    names positions that neither a prompt nor what is made of it has."""
     entries = []
     for site in sorted(scene.subject.saes):
         fired = scene.fired(site)
@@ -50,7 +53,12 @@ def set_stage(scene: Scene, intervention: InterventionKind) -> Stage:
     first = intervention.candidates()[0]
     features = with_scale(scene.subject, scene.batch, first.clamped(stand_ins))
     fitted = first.fitted(scene.subject, features, (scene.batch,))
-    return Stage(scene, fitted.edits(scene.subject, features))
+    edits = fitted.edits(scene.subject, features)
+    for edit in edits:
+        if isinstance(edit, Placed):
+            for batch in scene.splits.values():
+                edit.check_inside(batch, scene.behavior.answer_tokens)
+    return Stage(scene, edits)
 
 
 @dataclass
@@ -123,7 +131,11 @@ def _expected(scene: Scene, batch: Batch, edit: FeatureEdit, n_new: int) -> set[
             "last_prompt": range(n - 1, n),
             "template": range(int(batch.template[row]), n),
         }
-        where = named[edit.where] if isinstance(edit.where, str) else edit.where
+        where = (
+            named[edit.where]
+            if isinstance(edit.where, str)
+            else [position for position in edit.where if position < last]
+        )
         keep = edit.include_bos or ids[0] != bos
         out |= {(example, position) for position in where if keep or position != 0}
     return out
@@ -170,6 +182,25 @@ def sinks(stage: Stage) -> Iterator[Finding]:
                 remedy="SAEs are not trained on such tokens and what their features do there is "
                 "noise: leave include_bos out, or list positions without them",
             )
+
+
+def named(scene: Scene, trial: Trial) -> Iterator[Finding]:
+    """Every site has an SAE, and every prompt the positions to perturb. Raises HoldfastError."""
+    subject = scene.subject
+    clamped = tuple(trial.discovery.sites) or tuple(subject.saes)
+    for site in clamped:
+        subject.sae(site)
+    if trial.recovery is None:
+        return
+    perturb = trial.recovery.perturb
+    sites = sites_of(perturb, clamped, subject.name, subject.n_blocks)
+    n = in_prompt(perturb, scene.splits["test"].frame()).sum(1)
+    yield Finding(
+        check="what is perturbed",
+        passed=True,
+        expected="sites and positions that the model and every prompt have",
+        measured=f"{listed(sites)}; {int(n.min())} to {int(n.max())} tokens of a prompt",
+    )
 
 
 def constraint(recovery: RecoverySpec, subject: Subject) -> Iterator[Finding]:

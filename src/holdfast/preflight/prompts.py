@@ -124,13 +124,14 @@ def behavior(scene: Scene) -> Iterator[Finding]:
         return  # it is not meant to show it
     test = scene.splits["test"]
     some = replace(test.rows(spread_rows(len(test), N_PROMPTS)), readout=scene.fitted())
-    n_clean = int(scene.behavior.observe(scene.subject, some).shows.sum())
+    seen = scene.behavior.observe(scene.subject, some)
+    n_clean = int(seen.shows.sum())
     yield Finding(
         check="behavior",
         passed=n_clean > 0,
         level="caution",  # the run itself says what became of every prompt
         expected=f"some of {len(some)} test prompts show the behavior without an intervention",
-        measured=f"{n_clean} do",
+        measured=f"{n_clean} do" + (f"; {seen.told}" if seen.told else ""),
         remedy="there is nothing to suppress: look at the model, the prompts and what counts as "
         "an answer",
     )
