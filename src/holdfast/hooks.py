@@ -8,7 +8,7 @@ never fired is an error: a hook that does nothing is the most quiet way to a wro
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,10 @@ def apply_edits(edits: Sequence[Edit], site: Site, x: Tensor, frame: Frame) -> T
     return x
 
 
+Fired = Mapping[tuple[int, Site], int]
+"""On how many tokens an edit, by its id(), has acted at a site."""
+
+
 class AttachedEdits:
     """Edits attached to a model's blocks, used as a context manager.
 
@@ -67,6 +71,16 @@ class AttachedEdits:
             for index, edit in enumerate(self._edits):
                 for site in edit.sites:
                     edit.check_fired(site, self._fired[index, site])
+
+    def fired(self) -> Fired:
+        """So far, in all passes."""
+        return {(id(self._edits[i]), site): n for (i, site), n in self._fired.items()}
+
+    def credit(self, fired: Fired) -> None:
+        """Count what edits did in passes that were run before and stand for a part of these."""
+        for index, edit in enumerate(self._edits):
+            for site in edit.sites:
+                self._fired[index, site] += fired.get((id(edit), site), 0)
 
     def mark(self) -> Callable[[], None]:
         """What takes back all that the edits will have noted from here on: a piece of rows that ran

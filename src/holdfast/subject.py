@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import Batch, Example, Frame
 from holdfast.batching import Batching, Work
+from holdfast.begun import Beginnings, first_perturbed
 from holdfast.edits import Edit, EveryToken, Placed
 from holdfast.errors import NonFiniteError, SAEError, SplitError, SubjectError
 from holdfast.families import Family, context_of, d_model_of, family_of
@@ -26,7 +28,7 @@ from holdfast.sampling import Choice, greedy
 from holdfast.sites import Site
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Subject:
     batching: how many rows go through it at once; it changes memory and speed, not results. A
     replay keeps what it recorded of all its rows. fitted: readouts that were fitted to it, by the
     hash of what they were fitted on; counted: tensors that were measured of the model without any
-    edit, by the hash of what asked for them, so that the points of a grid measure them once.
+    edit, by the hash of what asked for them, so that the points of a grid measure them once; begun:
+    prompts that were run up to where they are perturbed, for texts that go on from there.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Subject:
     prepend_bos: bool = False
     fitted: dict[str, Readout] = field(default_factory=dict, repr=False, compare=False)
     counted: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    begun: Beginnings = field(default_factory=Beginnings, repr=False, compare=False)
 
     @classmethod
     def load(
@@ -309,33 +313,64 @@ class Subject:
         """Continuation [b n] under a KV cache with `edits` on at every step.
 
         The prompt is edited before its keys are cached and every new token is edited at its own
-        absolute position, so that the result equals repeated full forward passes. A batch that is
-        read for forced answers goes on after all but their last token. Rows that ended are filled
-        with the padding token. Raises ContextError where prompt and answer do not fit,
-        OutOfMemoryError.
+        absolute position, so that the result equals repeated full forward passes; tokens before a
+        perturbation are run once for all that is added (`begun.py`). A batch that is read for
+        forced answers goes on after all but their last token. Rows that ended are filled with the
+        padding token. Raises ContextError where prompt and answer do not fit, OutOfMemoryError.
         """
         self._check_positions(batch, edits, max_new_tokens)
+        start = first_perturbed(batch, edits)
         with torch.no_grad(), AttachedEdits(self.family.blocks_of(self.model), edits) as attached:
+
+            def continued(rows: Tensor) -> Tensor:
+                own, cache = batch.rows(rows), None
+                if start and 2 * len(rows) <= self.batching.sizes.generation:
+                    run = partial(self._prefix, own, attached)
+                    cache = self.begun.of(own, edits, start, attached, run).again()
+                return self._generate(own, attached, max_new_tokens, choose, cache, start)
+
             out = self.batching.over(
-                "generation", torch.arange(len(batch)),
-                lambda rows: self._generate(batch.rows(rows), attached, max_new_tokens, choose),
-                attached.mark,
-            )  # fmt: skip
+                "generation", torch.arange(len(batch)), continued, attached.mark
+            )
         pad = self.tokenizer.pad_token_id or 0
         width = max(tokens.shape[1] for tokens in out)
         return torch.cat(
             [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t in out]
         )
 
+    def _prefix(self, batch: Batch, attached: AttachedEdits, columns: slice) -> DynamicCache:
+        """Keys and values of every block, of a pass over some of the first columns."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        attached.frame = batch.frame().columns(columns)
+        self.model(
+            input_ids=batch.tokens[:, columns],
+            attention_mask=batch.mask[:, columns],
+            position_ids=batch.positions[:, columns].clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return cache
+
     def _generate(
-        self, batch: Batch, attached: AttachedEdits, max_new_tokens: int, choose: Choice
+        self,
+        batch: Batch,
+        attached: AttachedEdits,
+        max_new_tokens: int,
+        choose: Choice,
+        cache: DynamicCache | None = None,
+        start: int = 0,
     ) -> Tensor:
+        """cache: of the columns before `start`, where these have been run."""
         from transformers import DynamicCache
 
         pad = self.tokenizer.pad_token_id or 0
         ends = torch.as_tensor(sorted(self.ends), dtype=torch.long, device=self.device)
-        cache = DynamicCache(config=self.model.config)
-        tokens, positions, mask = batch.tokens, batch.positions, batch.mask
+        if cache is None:
+            cache, start = DynamicCache(config=self.model.config), 0
+        tokens, positions, mask = batch.tokens[:, start:], batch.positions[:, start:], batch.mask
         done = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
         made = []
         whole = batch.frame()

@@ -212,12 +212,15 @@ def full_pass(subject: Subject, tokens: Tensor, frame: Frame, edits: Sequence[Ed
 @in_every_family("generation")
 @pytest.mark.parametrize("where", ["all", "prompt", "last_prompt", "generated"])
 def test_cached_generation_equals_repeated_full_passes(subject: Subject, where: str) -> None:
-    """Token for token, and in the logits of every step."""
+    """Token for token, and in the logits of every step, from the keys and values that another
+    vector's text left of the tokens before it."""
     batch = prompts(subject)
     length = batch.prompt_length[:, None]
     # the last prompt token and the second generated one
     added = perturbation(batch, Site(3), torch.cat([length - 1, length + 1], 1))
     edits = (clamp(subject, where), added)
+    other = perturbation(batch, Site(3), length - 1)
+    subject.generate(batch, (edits[0], other), 6)
     stepwise: list[Tensor] = []
     with subject.model.register_forward_hook(lambda m, a, out: stepwise.append(out.logits[:, -1])):
         cached = subject.generate(batch, edits, 6)

@@ -134,6 +134,7 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
             paths.record["orders"] = between_orders(own, attacked.paths.scales)
         if attacked.paths.openly:
             paths.record["openly"] = openly(own)
+    case.subject.begun.forget()
     found = Found(
         setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained, paths,
         bare,
