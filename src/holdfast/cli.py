@@ -384,8 +384,8 @@ def _run(
     despite_faults: bool,
 ) -> None:
     from holdfast.executor import Runtime
+    from holdfast.made_from import page_made_with
     from holdfast.planning import plan
-    from holdfast.report import write_report
     from holdfast.run import default_folder, open_run, run_study
     from holdfast.terminal import note, progress, results_table, say_where
 
@@ -397,7 +397,12 @@ def _run(
         done: RunReport = run_study(planned, folder, runtime, text, watcher)
     results_table(done.summary)
     if done.summary["trials"]:
-        say_where(write_report(*open_run(folder)[:2], folder / "report.html"))
+        page = folder / "report.html"
+        if not page_made_with(done.summary, page):
+            from holdfast.report import write_report
+
+            write_report(*open_run(folder)[:2], page)
+        say_where(page)
     note(done.skipped)
     if done.failures:
         raise HoldfastError("\n".join(done.failures))

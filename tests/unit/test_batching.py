@@ -24,6 +24,7 @@ from holdfast.batching import (
     Batching,
     Beginning,
     Sizes,
+    Work,
     is_out_of_memory,
     kept_sizes,
 )
@@ -180,6 +181,41 @@ def test_what_a_piece_held_is_let_go_of_before_it_is_done_again() -> None:
 
     Batching(8).over("passes", torch.arange(8), work)
     assert len(held) == 3 + 8
+
+
+def held_by(outer: Work, inner: Work, room: int) -> Callable[[Batching, Tensor], list[int]]:
+    """Work on rows within which rows are split again: what both hold may be at most `room`."""
+
+    def nested(batching: Batching, rows: Tensor) -> list[int]:
+        def piece(own: Tensor) -> list[int]:
+            def within(some: Tensor) -> list[int]:
+                if len(own) + len(some) > room:
+                    raise no_memory()
+                return some.tolist()
+
+            return [*chain(*batching.over(inner, own, within))]
+
+        return [*chain(*batching.over(outer, rows, piece))]
+
+    return nested
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("steps", "steps"), ("passes", "discovery")])
+@pytest.mark.parametrize("room", [2, 9])
+def test_a_piece_that_leaves_no_room_within_it_is_halved(
+    outer: Work, inner: Work, room: int
+) -> None:
+    """Splitting again within a piece cannot help where the piece itself holds the memory; if nobody
+    halved that, the run would end with rows that fit."""
+    batching, work = Batching(16), held_by(outer, inner, room)
+    assert work(batching, torch.arange(20)) == list(range(20))
+    sizes = batching.sizes
+    assert sizes.of(outer) + min(sizes.of(inner), sizes.of(outer)) <= room
+    assert {name for name, own in batching.plan()["work"].items() if own["halvings"]} <= {
+        outer, inner,
+    }  # fmt: skip
+    with pytest.raises(OutOfMemoryError, match="single row"):  # not even one beside one
+        held_by(outer, inner, 1)(Batching(16), torch.arange(20))
 
 
 # ---------------------------------------------------------------------- a subject

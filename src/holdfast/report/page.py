@@ -41,7 +41,7 @@ from holdfast.report import (
 )
 from holdfast.report.data import AuditData, ReportData, Texts, gather
 from holdfast.report.picture import draw
-from holdfast.store import RunFolder, write_atomic
+from holdfast.store import PICTURE, RunFolder, write_atomic
 
 SECTIONS = (
     verdicts, preflight, funnel, norms, forcing, path, heads, generality, sweeps, error_term,
@@ -49,7 +49,6 @@ SECTIONS = (
     side_effects, unlearning,
     clamped, prompts, limits, provenance,
 )  # fmt: skip
-PICTURE = "picture.svg"
 
 
 def write_report(store: RunFolder, plan: Plan, path: Path, texts: Texts | None = None) -> Path:
