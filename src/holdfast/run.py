@@ -34,7 +34,7 @@ from holdfast.made_from import KEY, made_from, summary_made_from
 from holdfast.manifest import check_rows, check_run
 from holdfast.planning import Plan
 from holdfast.preflight import preflight, require
-from holdfast.stacked import StackPlan
+from holdfast.stacked import StackPlan, stacked
 from holdfast.store import RunFolder
 from holdfast.study import Study
 from holdfast.summary import LISTS, summarize
@@ -114,7 +114,11 @@ def run_study(
         if todo:
             n_workers = workers_for(stacks.todo, runtime, lab)
             first = beginning(
-                outlook.memories(todo), runtime, n_workers, earlier, outlook.memories(stacks.new)
+                outlook.memories([stack.trials for stack in stacks.todo]),
+                runtime,
+                n_workers,
+                earlier,
+                outlook.memories(stacked(stacks.new)),
             )
             lab.batching.begin(first)
             lab.batching.changed = keep_batches
