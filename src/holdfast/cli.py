@@ -297,8 +297,8 @@ def _run(
 ) -> None:
     from holdfast.command_line import told
     from holdfast.executor import Runtime
+    from holdfast.made_from import page_made_with
     from holdfast.planning import plan
-    from holdfast.report import write_report
     from holdfast.run import default_folder, open_run, run_study
     from holdfast.tables.results import results_table
     from holdfast.terminal import note, progress, say_where
@@ -310,7 +310,12 @@ def _run(
         done: RunReport = run_study(planned, folder, runtime, text, watcher)
     results_table(done.summary)
     if done.summary["trials"]:
-        say_where(write_report(*open_run(folder)[:2], folder / "report.html"))
+        page = folder / "report.html"
+        if not page_made_with(done.summary, page):
+            from holdfast.report import write_report
+
+            write_report(*open_run(folder)[:2], page)
+        say_where(page)
     note(done.skipped)
     if done.failures:
         raise HoldfastError("\n".join(done.failures))

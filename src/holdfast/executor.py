@@ -57,10 +57,11 @@ class Runtime:
 @dataclass(frozen=True)
 class Done:
     """A trial that ended. result: what it found, or that no prompt was left to search; seconds:
-    what it took, of what was done for its stack at once its share; unprepared: settings that it had
-    to prepare first; peak_bytes: the most that its stack held until then on a CUDA device, None on
-    the CPU, where trials share their memory with all else; begun_with: rows at once when its stack
-    began; batch_plan: as `Batching.plan` has it, at its end, with the ids of its stack.
+    what it took, of what was done for its stack at once its share; stack: whom it was run with,
+    itself among them; unprepared: settings that it had to prepare first; peak_bytes: the most that
+    its stack held until then on a CUDA device, None on the CPU, where trials share their memory
+    with all else; begun_with: rows at once when its stack began; batch_plan: as `Batching.plan` has
+    it, at its end, with the ids of its stack.
     """
 
     trial: Trial
@@ -68,6 +69,7 @@ class Done:
     started: str
     seconds: float
     threads: int
+    stack: tuple[Trial, ...]
     unprepared: tuple[SubjectIdentity, ...] = ()
     peak_bytes: int | None = None
     begun_with: Sizes = MOST
@@ -202,6 +204,6 @@ def _run(stack: Together, lab: Lab) -> Iterator[Done]:
         peak = sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None
         yield Done(
             ended.trial, ended.result, started, round(ended.seconds, 3), torch.get_num_threads(),
-            unprepared[ended.trial.id], peak, begun_with,
+            stack.trials, unprepared[ended.trial.id], peak, begun_with,
             lab.batching.plan() | {"stack": stack.ids},
         )  # fmt: skip

@@ -30,10 +30,11 @@ from holdfast.executor import (
 from holdfast.finding import Finding
 from holdfast.forecast.outlook import Outlook
 from holdfast.forecast.sizing import beginning
+from holdfast.made_from import KEY, made_from, summary_made_from
 from holdfast.manifest import check_rows, check_run
 from holdfast.planning import Plan
 from holdfast.preflight import preflight, require
-from holdfast.stacked import StackPlan
+from holdfast.stacked import StackPlan, stacked
 from holdfast.store import RunFolder
 from holdfast.study import Study
 from holdfast.summary import LISTS, summarize
@@ -86,6 +87,10 @@ def run_study(
         for trial_id in done:  # a damaged record is found before anything is searched
             store.load(trial_id)
         n_reused = len(done)
+        ids = [trial.id for trial in plan.trials]
+        if n_reused == len(ids) and (kept := summary_made_from(store, made_from(store, ids))):
+            watcher.stored(n_reused, n_reused, None)
+            return RunReport(Path(out), kept, 0, n_reused)
         empty: dict[str, EmptyValidSetError] = {}
 
         def summary() -> dict[str, Any]:
@@ -109,7 +114,11 @@ def run_study(
         if todo:
             n_workers = workers_for(stacks.todo, runtime, lab)
             first = beginning(
-                outlook.memories(todo), runtime, n_workers, earlier, outlook.memories(stacks.new)
+                outlook.memories([stack.trials for stack in stacks.todo]),
+                runtime,
+                n_workers,
+                earlier,
+                outlook.memories(stacked(stacks.new)),
             )
             lab.batching.begin(first)
             lab.batching.changed = keep_batches
@@ -134,6 +143,8 @@ def run_study(
                     watcher.sized(sentence)
         check_run(store, [trial for trial in plan.trials if trial.id in done])
         final = summary()
+        if final["complete"]:  # and whole: this stands for all that was checked above
+            final[KEY] = made_from(store, [trial.id for trial in plan.trials if trial.id in done])
         store.write_summary(final)
     failures = _failures(plan, empty)
     failed = {trial.audit for trial in plan.trials if trial.id in failures}

@@ -19,11 +19,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from holdfast.atomic import write_atomic
-from holdfast.canonical import digest
+from holdfast.canonical import digest, sha256_file
 from holdfast.errors import DamagedRecordError, ForeignRunError, StoreError
 from holdfast.run_lock import refuse_foreign, take_lock
 from holdfast.stored_study import STUDY, STUDY_TEXT, but_points, read_study, write_study
-from holdfast.stored_trial import EXAMPLES, PERTURBATION, RECORD, load_trial, write_trial
+from holdfast.stored_trial import EXAMPLES, PERTURBATION, RECORD, Verified, load_trial, write_trial
 from holdfast.strict_json import dump, json_safe, parse
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 BATCH_PLAN = "batch_plan.json"
+PICTURE = "picture.svg"
 AUDITS = "audits"
 
 
@@ -47,6 +48,7 @@ class RunFolder:
         self.study = study
         self.study_hash = digest(study)
         self._lock = lock
+        self._verified: Verified = {}
 
     @classmethod
     def open(cls, path: Path | str, study: dict[str, Any], study_text: str | None) -> Self:
@@ -142,11 +144,16 @@ class RunFolder:
         return write_trial(self._folder(record["id"]), record, tensors, examples)
 
     def load(self, trial_id: str) -> dict[str, Any]:
-        """The record of a finished trial, its identity and its artifacts checked.
+        """The record of a finished trial, its identity and its artifacts checked: once, as long as
+        no file of it changes.
 
         Raises DamagedRecordError naming the file, what is wrong with it, and the remedy.
         """
-        return load_trial(self._folder(trial_id))
+        return load_trial(self._folder(trial_id), self._verified)
+
+    def record_sha256(self, trial_id: str) -> str:
+        """The hash of a finished trial's record, as the file is."""
+        return sha256_file(self._folder(trial_id) / RECORD)
 
     def tensors(self, trial_id: str) -> dict[str, torch.Tensor]:
         """The trial's saved tensors, on the CPU. Verified as by `load`."""

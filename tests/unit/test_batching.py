@@ -25,6 +25,7 @@ from holdfast.batching import (
     Batching,
     Beginning,
     Sizes,
+    Work,
     is_out_of_memory,
     kept_sizes,
 )
@@ -183,6 +184,41 @@ def test_what_a_piece_held_is_let_go_of_before_it_is_done_again() -> None:
     assert len(held) == 3 + 8
 
 
+def held_by(outer: Work, inner: Work, room: int) -> Callable[[Batching, Tensor], list[int]]:
+    """Work on rows within which rows are split again: what both hold may be at most `room`."""
+
+    def nested(batching: Batching, rows: Tensor) -> list[int]:
+        def piece(own: Tensor) -> list[int]:
+            def within(some: Tensor) -> list[int]:
+                if len(own) + len(some) > room:
+                    raise no_memory()
+                return some.tolist()
+
+            return [*chain(*batching.over(inner, own, within))]
+
+        return [*chain(*batching.over(outer, rows, piece))]
+
+    return nested
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("steps", "steps"), ("passes", "discovery")])
+@pytest.mark.parametrize("room", [2, 9])
+def test_a_piece_that_leaves_no_room_within_it_is_halved(
+    outer: Work, inner: Work, room: int
+) -> None:
+    """Splitting again within a piece cannot help where the piece itself holds the memory; if nobody
+    halved that, the run would end with rows that fit."""
+    batching, work = Batching(16), held_by(outer, inner, room)
+    assert work(batching, torch.arange(20)) == list(range(20))
+    sizes = batching.sizes
+    assert sizes.of(outer) + min(sizes.of(inner), sizes.of(outer)) <= room
+    assert {name for name, own in batching.plan()["work"].items() if own["halvings"]} <= {
+        outer, inner,
+    }  # fmt: skip
+    with pytest.raises(OutOfMemoryError, match="single row"):  # not even one beside one
+        held_by(outer, inner, 1)(Batching(16), torch.arange(20))
+
+
 # ---------------------------------------------------------------------- a subject
 
 
@@ -273,7 +309,7 @@ def test_a_search_and_its_verification(
 
 # ---------------------------------------------------------------------- what a run begins with
 
-HELD = Memory(weights=1e9, saes=0.0, whole=2e9, code=5e8, replay=1e9, recording=3e9, row=1e8,
+HELD = Memory(weights=1e9, saes=0.0, whole=2e9, code=5e8, replay=1e9, taking=1e8, row=1e8,
               answer=3e8, lane=2e8)  # fmt: skip
 
 
@@ -288,7 +324,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_sizes_are_what_is_free_by_what_a_row_takes(free: Callable[[float], None]) -> None:
     free(10e9 / FREE)
     first = beginning([HELD], Runtime(), 1)
-    assert first.sizes == Sizes(passes=100, generation=33, steps=45, discovery=16)
+    assert first.sizes == Sizes(passes=90, generation=33, steps=45, discovery=16)
     assert "11.1 GB" in first.why and first.bytes_per_row == HELD.per_row
     free(1e15)
     assert beginning([HELD], Runtime(), 1).sizes == MOST
@@ -305,7 +341,7 @@ def test_the_trial_that_takes_the_most_decides_and_workers_share(
     assert beginning([HELD, heavy], Runtime(), 1).sizes.passes == 10
     # Four times what one takes, and weights thrice more.
     free((4 * 10e9 + 3 * HELD.weights) / FREE)
-    assert beginning([HELD], Runtime(), 4).sizes == Sizes(100, 33, 45, 16)
+    assert beginning([HELD], Runtime(), 4).sizes == Sizes(90, 33, 45, 16)
 
 
 def test_a_number_is_taken_as_it_is(free: Callable[[float], None]) -> None:

@@ -6,7 +6,7 @@ import json
 import runpy
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from holdfast.ascent import Climb, ascend
-from holdfast.attacks.residual import pose
+from holdfast.attacks.residual import MOST_ROWS, packed, pose
 from holdfast.batching import MOST, WORK, Sizes
 from holdfast.canonical import digest
 from holdfast.constraints.jacobian_probes import JacobianProbes
@@ -318,12 +318,12 @@ def test_holding_several_sites_runs_the_blocks_between_them_again(tmp_path: Path
 def test_the_batch_that_fits_fits(paper: Scene) -> None:
     held = memory_of(paper)
     for rows in (3, 300):
-        memory = (held.weights + held.saes + held.recording + rows * held.row) / 0.85
+        memory = (held.weights + held.saes + held.replay + rows * max(held.row, held.taking)) / 0.85
         sizes = held.fit(memory)
         assert 0 < sizes.smallest < MOST.smallest, sizes
-        assert held.peak(10**6, 10**6, sizes) <= memory
+        assert held.peak(10**6, 10**6, 10**6, sizes) <= memory
         more = Sizes(**{work: sizes.of(work) + 1 for work in WORK})
-        assert memory < 1.3 * held.peak(10**6, 10**6, more)
+        assert memory < 1.3 * held.peak(10**6, 10**6, 10**6, more)
     assert held.fit(1e12) == MOST
     assert held.fit(held.weights) == Sizes.every(0)
 
@@ -478,8 +478,8 @@ def test_attempts_generate_answers_and_search_nothing(tmp_path: Path) -> None:
     assert longest > 1 and talked.scene.longest == longest * (12 + 9)
     assert talked.peak > said.peak
     held = memory_of(talked.scene)
-    assert held.lane == held.replay == held.recording == 0
-    assert held.peak(10**6, 10**6, held.fit(1e8)) <= 1e8
+    assert held.lane == held.replay == held.taking == 0
+    assert held.peak(10**6, 10**6, 10**6, held.fit(1e8)) <= 1e8
 
 
 def test_answers_are_counted_by_how_many_are_made(tmp_path: Path) -> None:
@@ -595,7 +595,7 @@ def test_the_peak_of_a_step_is_within_a_factor_of_two(
     with Live(*known, positions) as recorded:
         replay = Replay.record(subject, batch, SITE, positions)
     expected = memory_of(scene_)
-    assert 0.5 < expected.recording / recorded.peak < 2
+    assert 0.5 < expected.recording(n, scene_.sizes) / recorded.peak < 2
 
     delta, answers = torch.zeros(n, positions.shape[1], 256), torch.tensor([[3, 5]] * n)
     kept = [replay.base, *(t for t in tree_iter(replay.calls) if isinstance(t, Tensor))]
@@ -798,3 +798,36 @@ def test_a_record_holds_forecast_and_measured_beside_each_other(tmp_path: Path) 
     assert seen["prompts"]["test"] == 16 and seen["prompts_counted"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "forecast if all is found" in page
+
+
+# --- Searched together ----------------------------------------------------------------------------
+
+
+def forecast_of(tmp_path: Path, n: int, kinds: Sequence[str]) -> list[Forecast]:
+    folder = save_config(tmp_path / "model", TINY["llama"]())
+    text = TEXT.format(model=folder, width=1024, dtype="float32")
+    grid = f"[grid]\n'recovery.constraint.kind' = {json.dumps(list(kinds))}\n"
+    study = parse(text + grid, ['controls=["wrong_target"]', f"data.test={n}"])
+    return forecast_study(study, on_gpu("h100"), 0, prompt_tokens=12)
+
+
+def test_memory_is_that_of_the_batch_and_operations_are_the_trials_own(tmp_path: Path) -> None:
+    alone = forecast_of(tmp_path, 30, ["encoder_null"])
+    together = forecast_of(tmp_path, 30, ["unconstrained", "encoder_null"])
+    assert [one.scene.searched for one in alone] == [60] * 2, "an audit and its wrong target"
+    assert [one.scene.searched for one in together] == [120] * 4
+    few, many = alone[1], together[3]
+    assert many.memory.replay == 2 * few.memory.replay > 0
+    assert many.memory.lane == few.memory.lane and many.peak > few.peak
+    assert many.as_dict()["rows_searched_together"] == 120
+    assert many.found == few.found and many.not_found == few.not_found
+    assert many.if_found == few.if_found
+
+
+def test_a_batch_is_as_large_as_a_run_makes_it(tmp_path: Path) -> None:
+    kinds = ["unconstrained", "encoder_null", "gradient_projection"]
+    made = forecast_of(tmp_path, 200, kinds)
+    assert [one.scene.searched for one in made] == [400] * 6, "two of 200 rows, and no third"
+    assert packed([200] * 6) == [[0, 1], [2, 3], [4, 5]]
+    assert packed([MOST_ROWS + 1, 1, MOST_ROWS - 1, 1]) == [[0], [1, 2], [3]]
+    assert packed([]) == []

@@ -270,7 +270,7 @@ def test_a_trial_that_contradicts_itself_is_never_stored(run: Path, tmp_path: Pa
     trial = plan.trials[0]
     record, rows = store.load(trial.id), store.examples(trial.id)
     found = SimpleNamespace(result=record["result"], tensors=store.tensors(trial.id), examples=rows)
-    done = Done(trial, found, "now", 1.0, 1)  # type: ignore[arg-type]
+    done = Done(trial, found, "now", 1.0, 1, (trial,))  # type: ignore[arg-type]
     unforeseen: Any = SimpleNamespace(of=lambda done: {})
     with RunFolder.open(tmp_path / "new", store.study, None) as new:
         rows[0]["dropped"], rows[0]["outcome"] = "", ""

@@ -30,5 +30,5 @@ def test_no_model_is_put_together_while_trials_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("holdfast.forecast.outlook.probe", beside)
     result: Any = None
     for trial in trials:
-        said = outlook.of(Done(trial, result, "now", 1.0, 1, (trial.subject,)))
+        said = outlook.of(Done(trial, result, "now", 1.0, 1, (trial,), (trial.subject,)))
         assert said["flops_if_found"] > 0, said

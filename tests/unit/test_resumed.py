@@ -12,8 +12,11 @@ import torch
 
 from holdfast import RunFolder, Runtime, plan, run_study
 from holdfast.batching import Batching, Beginning, Sizes, kept_parts
+from holdfast.errors import DamagedRecordError
+from holdfast.made_from import page_made_with
 from holdfast.planning import Plan
-from holdfast.run import RunReport
+from holdfast.report import write_report
+from holdfast.run import RunReport, open_run
 from holdfast.stacked import StackPlan
 from holdfast.store import BATCH_PLAN
 from holdfast.study import parse
@@ -283,3 +286,73 @@ def test_what_follows_a_part_begins_with_what_fitted_and_other_parts_as_they_did
     assert len(said) == 2, "it begins with another size than the run"
     begun = {name: part["begun_with"]["steps"] for name, part in batching.parts().items()}
     assert begun == {"before": 16, "it": 16, "after": 4}
+
+
+# --- A finished run -------------------------------------------------------------------------------
+
+
+def refuse(*arguments: object) -> None:
+    raise AssertionError("nothing of this is needed to say that everything is there")
+
+
+def test_of_a_finished_run_only_the_files_are_looked_at(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before = (folder / "summary.json").read_bytes()
+    names = ("summarize", "check_run", "load_lab", "execute")
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(f"holdfast.run.{name}", refuse)
+        patch.setattr(RunFolder, "examples", refuse)
+        again = run(folder)
+    assert (again.n_reused, again.n_run) == (4, 0)
+    assert again.summary == json.loads(before) and again.summary["complete"]
+    assert (folder / "summary.json").read_bytes() == before
+    # What it was made from may not have changed.
+    for change in ("holdfast.made_from.sha256_tree", "holdfast.made_from.version"):
+        with monkeypatch.context() as patch:
+            patch.setattr(change, lambda *arguments: "another")
+            patch.setattr("holdfast.run.summarize", refuse)
+            with pytest.raises(AssertionError, match="nothing of this"):
+                run(folder)
+    summary = json.loads(before)
+    (folder / "summary.json").write_text(json.dumps(summary | {"complete": False}))
+    assert run(folder).summary == summary
+    (folder / "summary.json").write_text("{")
+    assert run(folder).summary == summary
+    file = next(folder.glob("trials/*/examples.parquet"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(DamagedRecordError, match=r"examples\.parquet"):
+        run(folder)
+
+
+def test_a_page_is_drawn_again_when_it_is_not_of_the_summary(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    page, summary = folder / "report.html", run(folder).summary
+    assert not page_made_with(summary, page)
+    write_report(*open_run(folder)[:2], page)
+    assert page_made_with(summary, page)
+    assert not page_made_with(summary | {"made_from": "f" * 64}, page)
+    assert not page_made_with({}, page), "an unfinished run says nothing of what it is made from"
+    (folder / "picture.svg").unlink()
+    assert not page_made_with(summary, page)
+
+
+def test_a_record_is_checked_once_until_a_file_of_it_changes(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    store, trial = RunFolder.read(folder), made().trials[0].id
+    record = store.load(trial)
+    with monkeypatch.context() as patch:
+        patch.setattr("holdfast.store.sha256_file", refuse)
+        assert store.load(trial) == record and store.load(trial) is not record
+    file = folder / "trials" / trial / "perturbation.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DamagedRecordError, match="sha256"):
+        store.load(trial)

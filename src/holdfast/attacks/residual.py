@@ -198,7 +198,7 @@ def _sharing(attacked: Sequence[Attacked]) -> list[list[int]]:
     """Which of them can be rows of one batch, in order: alike in what a pass is made of and in how
     long they search, under constraints that may share their steps, and no more rows than fill it.
     """
-    groups: dict[Any, list[list[int]]] = {}
+    groups: dict[Any, list[int]] = {}
     for index, each in enumerate(attacked):
         case, spec = each.case, _spec(each)
         kind, n_sites = spec.constraint, len(_sites(spec, case))
@@ -209,12 +209,26 @@ def _sharing(attacked: Sequence[Attacked]) -> list[list[int]]:
             _positions(spec, case).shape[1], spec.perturb, spec.order, spec.pace,
             spec.objective, apart,
         )  # fmt: skip
-        stacks = groups.setdefault(key, [[]])
-        rows = sum(len(attacked[member].case.rows) for member in stacks[-1])
-        if stacks[-1] and rows + len(case.rows) > MOST_ROWS:
-            stacks.append([])
-        stacks[-1].append(index)
-    return [members for stacks in groups.values() for members in stacks]
+        groups.setdefault(key, []).append(index)
+    return [
+        [members[place] for place in batch]
+        for members in groups.values()
+        for batch in packed([len(attacked[member].case.rows) for member in members])
+    ]
+
+
+def packed(counts: Sequence[int]) -> list[list[int]]:
+    """Places of searches with so many rows each, in order, in batches of at most `MOST_ROWS` rows;
+    one with more has a batch of its own."""
+    batches: list[list[int]] = []
+    rows = 0
+    for place, n in enumerate(counts):
+        if not batches or rows + n > MOST_ROWS:
+            batches.append([])
+            rows = 0
+        batches[-1].append(place)
+        rows += n
+    return batches
 
 
 def _sites(spec: RecoverySpec, case: Case) -> tuple[Site, ...]:

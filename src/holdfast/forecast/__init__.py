@@ -17,7 +17,7 @@ from holdfast.executor import check_device
 from holdfast.forecast.device import Device, Range, gpu, probe
 from holdfast.forecast.memory import Memory, memory_of
 from holdfast.forecast.prompts import Prompts
-from holdfast.forecast.scene import Scene
+from holdfast.forecast.scene import Scene, among
 from holdfast.forecast.stages import STARTS, preparing, stages_of
 from holdfast.forecast.subject import (
     architecture_of,
@@ -31,6 +31,7 @@ from holdfast.grid import Point
 from holdfast.loading import SubjectSpec
 from holdfast.planning import sketch
 from holdfast.positions import check_fits
+from holdfast.stacked import stacked
 from holdfast.study import Study
 from holdfast.trial import Trial, setting_key
 
@@ -81,14 +82,14 @@ class Forecast:
 
     @property
     def lanes(self) -> int:
-        """Most lanes of a step, all in one batch if it could hold them."""
-        return (STARTS + 1) * self.scene.rows
+        """Most lanes of a step of the batch that it is searched in, if it could hold them all."""
+        return (STARTS + 1) * self.scene.searched
 
     @property
     def peak(self) -> float:
-        """Bytes at the scene's batch size."""
+        """Bytes at the scene's batch size, of all that is searched together."""
         rows = max(self.scene.prompts.n.values())
-        return self.memory.peak(rows, self.lanes, self.scene.sizes)
+        return self.memory.peak(rows, self.scene.searched, self.lanes, self.scene.sizes)
 
     @property
     def sizes_that_fit(self) -> Sizes:
@@ -115,6 +116,7 @@ class Forecast:
             "seconds_if_found": list(self.if_found),
             "seconds_if_not_found": list(self.if_not_found),
             "rows_at_once": {work: self.scene.sizes.of(work) for work in WORK},
+            "rows_searched_together": self.scene.searched,
             "memory_bytes": self.peak,
             "rows_that_fit": {work: fit.of(work) for work in WORK},
         }
@@ -175,6 +177,7 @@ def forecast_study(
     a trial is forecast with what does.
     """
     planned = sketch(study, outlined)
+    stack_of = {trial.id: stack for stack in stacked(planned.trials) for trial in stack}
     known: dict[str, Scene] = {}
     asked = []
     for trial in planned.trials:
@@ -185,6 +188,7 @@ def forecast_study(
                 known[key] = scene_of(trial, spec, batch_size, prompt_tokens, sae_width)
                 unprepared.append(known[key])
         scene = replace(known[setting_key(trial, trial.subject)], trial=trial)
+        scene = among(scene, stack_of[trial.id])
         one = forecast(scene, device(scene), unprepared)
         asked.append((replace(one, point=planned.points[trial.id]), unprepared))
     together = MOST.at_most(*(one.sizes_that_fit for one, _ in asked if one.fits))

@@ -36,7 +36,8 @@ class Memory:
 
     weights; saes: slices, and the whole of one where it is needed all the time; whole: what is held
     of a whole SAE while features are found, drawn or compared, with its scores, and code: of one
-    row beside that; replay: what is recorded of all rows; recording: the peak while it is
+    row beside that; replay: what is recorded of all rows of the batch that is searched, of this
+    trial and of those beside it, and taking: what a row's pass holds beside that while it is
     recorded; row: one row of a full pass; answer: one row of a generation, with its keys and
     values; lane: one lane of a search's step. 0 is what a trial has none of.
     """
@@ -46,10 +47,14 @@ class Memory:
     whole: float
     code: float
     replay: float
-    recording: float
+    taking: float
     row: float
     answer: float
     lane: float
+
+    def recording(self, rows: int, sizes: Sizes) -> float:
+        """The peak while so many rows are recorded, as many at once as go through a pass."""
+        return self.replay + self.taking * min(rows, sizes.passes)
 
     @property
     def per_row(self) -> dict[Work, float]:
@@ -63,14 +68,15 @@ class Memory:
         """What discovery holds beside the weights."""
         return self.whole + self.code * sizes.discovery
 
-    def peak(self, rows: int, lanes: int, sizes: Sizes) -> float:
-        """The most that is held at once."""
+    def peak(self, rows: int, searched: int, lanes: int, sizes: Sizes) -> float:
+        """The most that is held at once. rows: of passes over prompts; searched: rows of the batch
+        that is searched, lanes: of its largest step, if it could hold them all."""
         held = self.weights + self.saes
         return held + max(
             self.discovery(sizes),
             self.row * min(rows, sizes.passes),
             self.answer * min(rows, sizes.generation),
-            self.recording,
+            self.recording(searched, sizes),
             self.replay + self.lane * min(lanes, sizes.steps),
         )
 
@@ -78,7 +84,8 @@ class Memory:
         """The largest sizes that fit in `memory` bytes of so many devices together; 0 of everything
         where not even one row can be recorded."""
         free = FREE * memory - self.weights - self.saes
-        return Sizes.every(0) if free < self.recording else self.beside(free, n_devices)
+        least = self.replay + self.taking
+        return Sizes.every(0) if free < least else self.beside(free, n_devices)
 
     def beside(self, free: float, n_devices: int = 1) -> Sizes:
         """The largest sizes that fit into so many bytes beside weights and slices, none above what
@@ -89,6 +96,9 @@ class Memory:
         for work, row in self.per_row.items():
             fits = (room[work] - held[work]) / row if row else MOST.of(work)
             sizes[work] = max(0, min(MOST.of(work), int(fits)))
+        if self.taking:  # a pass that is recorded stands beside what is recorded
+            taken = int((free - self.replay) / self.taking)
+            sizes["passes"] = max(0, min(sizes["passes"], taken))
         return Sizes(**sizes)
 
 
@@ -106,8 +116,8 @@ def memory_of(scene: Scene, device: float = math.inf) -> Memory:
     run = sum(_run(scene, site, device) for site, n in scene.whole.items() if n)
     weights = model.in_blocks * scene.weight_bytes + (model.parameters - model.in_blocks) * size
     whole, code = _discovery(scene)
-    replay, recording, lane = searched
-    return Memory(weights, sliced + run, whole, code, replay, recording, row, answer, lane)
+    replay, taking, lane = searched
+    return Memory(weights, sliced + run, whole, code, replay, taking, row, answer, lane)
 
 
 def _run(scene: Scene, site: Site, device: float) -> float:
@@ -137,8 +147,9 @@ def _logit(scene: Scene) -> int:
 
 
 def _search(scene: Scene, widest: Block) -> tuple[float, float, float]:
-    """What is recorded of all rows, the peak while it is recorded, and one lane of a step."""
-    model, size, rows = scene.model, scene.size, scene.rows
+    """What is recorded of all rows of the batch, what a row's pass holds beside that while it is
+    recorded, and one lane of a step."""
+    model, size = scene.model, scene.size
     d, tokens, columns = model.d_model, scene.tokens, scene.columns
     first = scene.sites[0].depth
     above = model.blocks[first:]
@@ -153,13 +164,12 @@ def _search(scene: Scene, widest: Block) -> tuple[float, float, float]:
         read += scene.n_logits * d * size
     # What was recorded, copied for the lane; the graph, and one block's gradients on the way.
     lane = recorded + sum(graph) + max(graph, default=0.0) + read
-    recording = rows * (
-        recorded
-        + kept(scene, widest, tokens, tokens)
+    taking = (
+        kept(scene, widest, tokens, tokens)
         + sum(2 * block.keys * tokens * size for block in model.blocks)
         + LIVE_COPIES * len(scene.sites) * d * tokens * size
     )
-    return rows * recorded, recording, lane
+    return scene.searched * recorded, taking, lane
 
 
 def kept(scene: Scene, block: Block, columns: int, keys: int) -> float:

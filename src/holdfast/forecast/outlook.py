@@ -15,7 +15,7 @@ from holdfast.forecast.architecture import Architecture
 from holdfast.forecast.device import Device, probe
 from holdfast.forecast.memory import Memory, memory_of
 from holdfast.forecast.prompts import Prompts
-from holdfast.forecast.scene import Scene
+from holdfast.forecast.scene import Scene, among
 from holdfast.forecast.sizing import one_device_bytes
 from holdfast.saes.sae import SAE
 from holdfast.saes.sources import Shape
@@ -59,18 +59,21 @@ class Outlook:
             scene = self._scene(trial, trial.subject)
             unprepared = [self._scene(trial, identity) for identity in done.unprepared]
             device = self._devices[scene.dtype, scene.model.d_model]
+            scene = among(scene, done.stack)
             own = [replace(each, sizes=done.begun_with) for each in (scene, *unprepared)]
             return forecast(own[0], device, own[1:]).as_dict()
         except HoldfastError as error:
             return {"reason": str(error)}
 
-    def memories(self, trials: Sequence[Trial]) -> list[Memory]:
-        """What the trials hold, of those that can be forecast."""
+    def memories(self, stacks: Sequence[Sequence[Trial]]) -> list[Memory]:
+        """What the trials of stacks hold, each in its batch, of those that can be forecast."""
         found = []
-        for trial in trials:
-            with suppress(HoldfastError):  # the forecast of its record says why
-                scene = self._scene(trial, trial.subject)
-                found.append(memory_of(scene, one_device_bytes(self.runtime.device)))
+        own = one_device_bytes(self.runtime.device)
+        for stack in stacks:
+            for trial in stack:
+                with suppress(HoldfastError):  # the forecast of its record says why
+                    scene = among(self._scene(trial, trial.subject), stack)
+                    found.append(memory_of(scene, own))
         return found
 
     def _scene(self, trial: Trial, identity: SubjectIdentity) -> Scene:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from holdfast.attacks.residual import packed
 from holdfast.batching import Sizes
 from holdfast.errors import StudyError
 from holdfast.forecast.architecture import Architecture
@@ -27,7 +28,8 @@ class Scene:
     """A trial, the shapes of its subject, and the prompts it will have.
 
     dtype, quantization: of the weights; eager: whether attention keeps its scores; saes: site → the
-    shape of its SAE; sizes: how many rows go at once.
+    shape of its SAE; sizes: how many rows go at once; beside: rows of other trials in the batch
+    that it is searched in, which share its memory and none of its operations.
     """
 
     trial: Trial
@@ -38,6 +40,7 @@ class Scene:
     saes: Mapping[Site, Shape]
     prompts: Prompts
     sizes: Sizes
+    beside: int = 0
 
     @property
     def size(self) -> int:
@@ -169,6 +172,23 @@ class Scene:
         return self.prompts.n["test"]
 
     @property
+    def searched(self) -> int:
+        """Rows of the batch that the trial is searched in."""
+        return self.rows + self.beside
+
+    @property
     def rounds(self) -> int:
         """Rounds of the bisection of a norm, which halve the interval around it at least."""
         return math.ceil(math.log2(1 / self.search.tolerance))
+
+
+def among(scene: Scene, stack: Sequence[Trial]) -> Scene:
+    """The scene in the batch that its trial is searched in, of a stack's trials.
+
+    All of a stack have the same prompts, and are taken to be searched on all of them.
+    """
+    if not scene.trial.searches:
+        return scene
+    place = [trial.id for trial in stack].index(scene.trial.id)
+    batch = next(batch for batch in packed([scene.rows] * len(stack)) if place in batch)
+    return replace(scene, beside=scene.rows * (len(batch) - 1))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.grid import describe
+from holdfast.made_from import KEY
 from holdfast.planning import Plan
 from holdfast.recovery import RecoverySpec
 from holdfast.store import RunFolder
@@ -193,6 +194,8 @@ def gather(store: RunFolder, plan: Plan, texts: Texts | None = None) -> ReportDa
     written = store.summary()
     complete = bool(done) and not unfinished and (written is None or written["complete"])
     summary = summarize(plan, store, done, complete)
+    if written is not None and KEY in written:  # so that a run knows whether the page is of it
+        summary[KEY] = written[KEY]
     rows = {row["id"]: row for row in summary["trials"]}
     arms = {
         trial.id: Arm(

@@ -41,7 +41,7 @@ from holdfast.report import (
 )
 from holdfast.report.data import ReportData, Texts, gather
 from holdfast.report.picture import draw
-from holdfast.store import RunFolder
+from holdfast.store import PICTURE, RunFolder
 
 SECTIONS = (
     verdicts, preflight, funnel, norms, forcing, path, heads, generality, sweeps, error_term,
@@ -49,7 +49,6 @@ SECTIONS = (
     side_effects, unlearning,
     clamped, prompts, limits, provenance,
 )  # fmt: skip
-PICTURE = "picture.svg"
 FILTERS = (
     "coefficient", "cost", "duration", "logits", "logits_range", "norm", "norm_range", "p_value",
     "percent", "percent_range", "plain", "points", "power", "power_range", "too_few",
