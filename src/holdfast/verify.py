@@ -15,7 +15,7 @@ from torch import Tensor
 from holdfast.batch import Batch
 from holdfast.checks import Checks
 from holdfast.drift import MedianActive
-from holdfast.edits import Edit, Perturbation
+from holdfast.edits import Edit, Perturbation, in_order
 from holdfast.full_pass import FullPass
 from holdfast.held_features import HeldFeatures, square
 from holdfast.rounding import rounding_floor
@@ -42,6 +42,21 @@ def verify(
         _passed(subject, batch, edits, added, perturbation, held, clamp_first)
         for added in ((), (perturbation,))
     )
+    rounding = rounding_floor(subject.model.dtype, held, batch.frame(), reference, perturbation)
+    return _checks(batch, edits, held, median_active, reference, recovered, perturbation, rounding)
+
+
+def _checks(
+    batch: Batch,
+    edits: Sequence[Edit],
+    held: Mapping[Site, FeatureBank],
+    median_active: Mapping[Site, MedianActive],
+    reference: FullPass,
+    recovered: FullPass,
+    perturbation: Perturbation,
+    rounding: Tensor,
+) -> Checks:
+    """What two passes over the same prompts say."""
     frame = batch.frame()
     total = HeldFeatures.between(
         frame, edits, held, median_active, reference, recovered, perturbation.positions
@@ -84,7 +99,7 @@ def verify(
         readout_rise=total.read_up.sqrt(),
         readout_fall=total.read_down.sqrt(),
         readout_relative=total.relative_at_readout,
-        rounding_floor=rounding_floor(subject.model.dtype, held, frame, reference, perturbation),
+        rounding_floor=rounding,
     )
 
 
@@ -97,8 +112,7 @@ def margin_in_order(
 ) -> Tensor:
     """[n] margin in logits of a full pass with the clamp before the perturbation at every site, or
     after it: whose word is the last one (METHODS A.9, C.5)."""
-    passed = (*edits, perturbation) if clamp_first else (perturbation, *edits)
-    return batch.margin(subject.read(batch, passed)).double()
+    return batch.margin(subject.read(batch, in_order(edits, perturbation, clamp_first))).double()
 
 
 @dataclass(frozen=True)
