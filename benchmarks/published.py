@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.batch import margin_of
+from holdfast.margins import margin_of
 from holdfast.saes.sae import SAE
 
 LEARNING_RATE = 0.1

@@ -31,8 +31,9 @@ from benchmarks.random_llama import (
     random_batch,
     replayed,
 )
-from holdfast.batch import Batch, margin_of
+from holdfast.batch import Batch
 from holdfast.edits import FeatureEdit, Perturbation
+from holdfast.margins import margin_of
 from holdfast.problem import Lanes, Problem
 from holdfast.replay import Replay
 from holdfast.subspace import into_ball

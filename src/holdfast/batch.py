@@ -1,4 +1,4 @@
-"""Prompts as tensors, and the view of them that edits see.
+"""Prompts as tensors.
 
 Positions are absolute: the index in the unpadded sequence, BOS = 0, padding = -1. Rows are padded
 on the left, which shifts columns and never positions, so that the last column is the last prompt
@@ -7,109 +7,21 @@ token of every row and generation can go on from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from holdfast.errors import SplitError
+from holdfast.examples import Example
+from holdfast.frame import Frame
+from holdfast.margins import lead
 from holdfast.readouts import Readout
 from holdfast.readouts.logits import LOGITS
 
-T = TypeVar("T")
-
-
-def margin_of(logits: Tensor, targets: Tensor, rivals: Tensor) -> Tensor:
-    """[n] logit of the target minus the *largest* logit among its rivals.
-
-    The largest and not the mean: with the mean the objective can grow while another answer still
-    wins. logits [n vocab], targets [n], rivals [n m] token ids.
-    """
-    target = logits.gather(-1, targets[:, None]).squeeze(-1)
-    return target - logits.gather(-1, rivals).amax(-1)
-
-
-def lead(logits: Tensor, targets: Tensor, rivals: Tensor, forced: Tensor | None) -> Tensor:
-    """[n] how far an answer leads, in logits.
-
-    Without a forced answer: the target's lead over its rivals, logits [n vocab]. With one, logits
-    [n t vocab]: the smallest lead of a token of it over all other tokens of the vocabulary, which
-    is positive exactly if greedy decoding gives the answer. Its gradient is that of a soft minimum,
-    so that a step works on every token that lags and not on one alone.
-    """
-    if forced is None:
-        return margin_of(logits, targets, rivals)
-    there = forced >= 0
-    token = forced.clamp(min=0)[..., None]
-    own = logits.gather(-1, token).squeeze(-1)
-    others = logits.scatter(-1, token, -torch.inf).amax(-1)
-    leads = torch.where(there, own - others, torch.inf)
-    least = leads.amin(-1)
-    soft = -torch.logsumexp(torch.where(there, -leads, -torch.inf), -1)
-    return least.detach() + soft - soft.detach()
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What an edit may know about the rows and columns it is applied to.
-
-    ids: b example ids; groups: b group labels (feature sets can differ by group);
-    positions [b s]: absolute, -1 for padding; prompt_length [b]: tokens in the prompt, BOS
-    included; bos [b]: whether position 0 is a beginning-of-sequence token; template [b]: position
-    of the first token of the chat template after the instruction, prompt_length without one;
-    decided: what edits decided on these prompts, [b] by the id of what did. A frame of what follows
-    a prompt, made by `replace`, has it from the prompt's.
-    """
-
-    ids: tuple[str, ...]
-    groups: tuple[str, ...]
-    positions: Tensor
-    prompt_length: Tensor
-    bos: Tensor
-    template: Tensor
-    decided: dict[int, tuple[object, Tensor]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
-    _known: dict[int, tuple[object, Any]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
-    def once(self, owner: object, work_out: Callable[[], T]) -> T:
-        """What `owner` works out of the frame alone, worked out the first time it is asked for.
-
-        The steps of a search pass one frame again and again. What comes from lists would be built
-        and copied to the device each time, and the device waited for.
-        """
-        if id(owner) not in self._known:
-            self._known[id(owner)] = (owner, work_out())  # the owner too: ids are used again
-        found: T = self._known[id(owner)][1]
-        return found
-
-    def to(self, device: torch.device) -> Frame:
-        """The same frame on a device; itself if it is there."""
-        if self.positions.device == device:
-            return self
-        names = ("positions", "prompt_length", "bos", "template")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-    def rows(self, rows: Tensor) -> Frame:
-        """The same columns for some rows, in the order given; repeats are allowed."""
-        index = rows.tolist()
-        return Frame(
-            tuple(self.ids[i] for i in index),
-            tuple(self.groups[i] for i in index),
-            self.positions[rows],
-            self.prompt_length[rows],
-            self.bos[rows],
-            self.template[rows],
-        )
-
-    def columns(self, columns: slice) -> Frame:
-        return replace(self, positions=self.positions[:, columns])
+__all__ = ["Batch", "Example", "Frame"]
 
 
 @dataclass(frozen=True)
@@ -358,49 +270,3 @@ class Batch:
             },
             forced=None if self.forced is None else self.forced.to(device),
         )
-
-
-def check_disjoint(splits: dict[str, Batch]) -> None:
-    """Raise SplitError if two splits share a prompt text or a cluster (a question, a prompt).
-
-    Features and strengths that saw an audited prompt make optimistic counts.
-    """
-    names = list(splits)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            a, b = splits[first], splits[second]
-            shared = set(a.texts) & set(b.texts)
-            clusters = set(a.clusters) & set(b.clusters)
-            if shared or clusters:
-                raise SplitError(
-                    f"the splits {first!r} and {second!r} must be disjoint, but share "
-                    f"{len(shared)} prompts and {len(clusters)} clusters "
-                    f"(for example {sorted(clusters)[:3]}); draw them from other prompts"
-                )
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt before tokenization.
-
-    target: the answer that is the behavior; rivals: what it must beat; alternatives: other answers
-    that could be forced instead, for the wrong-target control; each a continuation of one token.
-    cluster: its independent unit (a question, a prompt); group: what features may be fitted for.
-    suffix: what a chat template put after the instruction, the end of `text`; special: whether the
-    tokenizer adds its special tokens (a rendered chat template has its own); instruction: what the
-    user asks, without the template, for prompts that can be asked in other words; dataset, row:
-    where it came from, the row from 1; "" and None for prompts that are made and not read.
-    """
-
-    id: str
-    text: str
-    target: str
-    rivals: tuple[str, ...]
-    alternatives: tuple[str, ...]
-    cluster: str
-    group: str = ""
-    suffix: str = ""
-    special: bool = True
-    instruction: str = ""
-    dataset: str = field(default="", compare=False)
-    row: int | None = field(default=None, compare=False)

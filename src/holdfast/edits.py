@@ -71,6 +71,12 @@ def decided_on_whole(edits: Sequence[Edit]) -> str:
     return next(filter(None, reasons), "")
 
 
+def in_order(clamp: Sequence[Edit], added: Edit, clamp_first: bool) -> tuple[Edit, ...]:
+    """A clamp's edits and what is added to the residual, so that the one or the other has the last
+    word at a site (METHODS A.9)."""
+    return (*clamp, added) if clamp_first else (added, *clamp)
+
+
 def never_fired(edit: object, site: Site) -> EditNeverFiredError:
     return EditNeverFiredError(
         f"{type(edit).__name__} at {site} touched no token of any row; check its positions and "

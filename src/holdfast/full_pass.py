@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch
-from holdfast.edits import Capture, Edit, Perturbation
+from holdfast.edits import Capture, Edit
 from holdfast.sites import Site
 from holdfast.subject import Subject
 
@@ -38,7 +38,7 @@ class FullPass:
         subject: Subject,
         batch: Batch,
         edits: Sequence[Edit],
-        added: Sequence[Perturbation],
+        added: Sequence[Edit],
         clamp_first: bool,
         sites: Sequence[Site],
         positions: Tensor,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from holdfast.batch import Batch, lead
+from holdfast.batch import Batch
+from holdfast.margins import lead
 from holdfast.objectives import ObjectiveKind
 from holdfast.objectives.margin import Margin
 from holdfast.replay import Replay

@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast.behaviors.observation import Observation
 from holdfast.checks import Checks
 from holdfast.controls import Case
-from holdfast.edits import Edit, Perturbation
+from holdfast.edits import Edit, Perturbation, in_order
 from holdfast.embedding import likeness
 from holdfast.judges.writing import foreign_share
 from holdfast.likelihood import nll
@@ -68,7 +68,7 @@ def regain(
     nothing = torch.full_like(checks.margin, torch.nan)
     if setting.observed is None or setting.behavior is None:
         return Regained(checks.recovered, nothing, checks.overtaken == 0)
-    edits = (*case.edits, perturbation) if clamp_first else (perturbation, *case.edits)
+    edits = in_order(case.edits, perturbation, clamp_first)
     references = setting.observed.replies
     seen = setting.behavior.observe(case.subject, case.batch, edits, references)
     prompts = case.batch.unforced()

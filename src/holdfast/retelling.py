@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from holdfast.config import nearest
-from holdfast.edits import Perturbation
+from holdfast.edits import Perturbation, in_order
 from holdfast.errors import StoreError, StudyError, UnknownNameError
 from holdfast.executor import Runtime, load_lab, threads_for
 from holdfast.planning import Plan, plan
@@ -124,7 +124,7 @@ def retell(store: RunFolder, made: Plan, trial: Trial, runtime: Runtime) -> Reto
         )
         assert trial.recovery is not None, "only an audit's own search is told again"
         clamp_first = trial.recovery.order == "clamp_then_perturbation"
-        edits = (*case.edits, push) if clamp_first else (push, *case.edits)
+        edits = in_order(case.edits, push, clamp_first)
         assert setting.observed is not None and setting.changed is not None
         with torch.no_grad():
             back = trial.behavior.observe(

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.batch import Batch, Example, check_disjoint
+from holdfast.batch import Batch, Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.behaviors.observation import Observation
 from holdfast.canonical import digest
@@ -25,6 +25,7 @@ from holdfast.manifest import origin_of
 from holdfast.measure import Measurement
 from holdfast.readouts import Readout
 from holdfast.reconstruction import explained
+from holdfast.splits import check_disjoint
 from holdfast.strength import choose_strength
 from holdfast.subject import Subject
 from holdfast.triggers import OWN, triggers

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast.config import LATER, Config
 from holdfast.controls import Case
-from holdfast.edits import Capture, Edit, Perturbation
+from holdfast.edits import Capture, Edit, Perturbation, in_order
 from holdfast.problem import Problem
 from holdfast.recovery import RecoverySpec
 from holdfast.setting import Setting
@@ -115,8 +115,7 @@ class Recovered:
 
     def edits(self, perturbation: Edit) -> tuple[Edit, ...]:
         """Clamp and perturbation in the trial's order."""
-        own = self.case.edits
-        return (*own, perturbation) if self.clamp_first else (perturbation, *own)
+        return in_order(self.case.edits, perturbation, self.clamp_first)
 
     def perturbation(self, delta: Tensor) -> Perturbation:
         """Vectors [n q d_model] as an edit."""

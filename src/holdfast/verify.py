@@ -15,7 +15,7 @@ from torch import Tensor
 from holdfast.batch import Batch, Frame
 from holdfast.checks import Checks
 from holdfast.drift import MedianActive
-from holdfast.edits import Edit, Perturbation
+from holdfast.edits import Edit, Perturbation, in_order
 from holdfast.full_pass import FullPass
 from holdfast.held_features import HeldFeatures, square
 from holdfast.others import Others
@@ -46,6 +46,30 @@ def verify(
         for added in ((), (perturbation,))
     )
     frame = batch.frame()
+    rounding = rounding_floor(subject.model.dtype, held, frame, reference, perturbation)
+    others = [
+        _others(subject, held[site], frame, site, perturbation, reference, recovered)
+        for site in whole
+    ]
+    return _checks(
+        batch, edits, held, median_active, reference, recovered, perturbation, rounding,
+        Others.sum(others) if others else Others.unknown(rounding),
+    )  # fmt: skip
+
+
+def _checks(
+    batch: Batch,
+    edits: Sequence[Edit],
+    held: Mapping[Site, FeatureBank],
+    median_active: Mapping[Site, MedianActive],
+    reference: FullPass,
+    recovered: FullPass,
+    perturbation: Perturbation,
+    rounding: Tensor,
+    other: Others,
+) -> Checks:
+    """What two passes over the same prompts say."""
+    frame = batch.frame()
     total = HeldFeatures.between(
         frame, edits, held, median_active, reference, recovered, perturbation.positions
     )
@@ -54,11 +78,6 @@ def verify(
     length = [square(reference.at(site).after) for site in perturbation.sites]
     norm = perturbation.norm
     undo, decoder = taken_back(perturbation, reference, held, frame)
-    others = [
-        _others(subject, held[site], frame, site, perturbation, reference, recovered)
-        for site in whole
-    ]
-    other = Others.sum(others) if others else Others.unknown(total.size)
     return Checks(
         margin=batch.margin(recovered.logits).double(),
         norm=norm,
@@ -97,7 +116,7 @@ def verify(
         others_floor=other.floor,
         others_on=other.on,
         others_off=other.off,
-        rounding_floor=rounding_floor(subject.model.dtype, held, frame, reference, perturbation),
+        rounding_floor=rounding,
     )
 
 
@@ -110,8 +129,7 @@ def margin_in_order(
 ) -> Tensor:
     """[n] margin in logits of a full pass with the clamp before the perturbation at every site, or
     after it: whose word is the last one (METHODS A.9, C.5)."""
-    passed = (*edits, perturbation) if clamp_first else (perturbation, *edits)
-    return batch.margin(subject.read(batch, passed)).double()
+    return batch.margin(subject.read(batch, in_order(edits, perturbation, clamp_first))).double()
 
 
 @dataclass(frozen=True)

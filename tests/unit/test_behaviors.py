@@ -28,7 +28,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from holdfast.batch import Batch, Example, check_disjoint
+from holdfast.batch import Batch, Example
 from holdfast.behaviors import BehaviorKind, english
 from holdfast.behaviors.asking import CUE, INSTRUCTION
 from holdfast.behaviors.continuation import as_one_token
@@ -40,6 +40,7 @@ from holdfast.organism.prompts import PERMUTATIONS
 from holdfast.organism.tokenizer import build_tokenizer
 from holdfast.readouts.logits import LOGITS
 from holdfast.readouts.spelled import Spelled
+from holdfast.splits import check_disjoint
 from holdfast.subject import Subject
 from holdfast.testing import tiny_subject
 

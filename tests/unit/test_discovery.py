@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdfast.batch import Batch, check_disjoint
+from holdfast.batch import Batch
 from holdfast.discovery import with_scale
 from holdfast.discovery.attribution import Attribution
 from holdfast.discovery.given import Given
@@ -16,6 +16,7 @@ from holdfast.edits import Capture
 from holdfast.errors import FeatureError, SplitError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.sites import Site
+from holdfast.splits import check_disjoint
 from holdfast.subject import Subject
 from holdfast.testing import tiny_batch
 

@@ -416,7 +416,7 @@ def test_margin_gradient_agrees_with_finite_differences(
 
 
 def test_margin_uses_the_largest_rival_not_the_mean() -> None:
-    from holdfast.batch import margin_of
+    from holdfast.margins import margin_of
 
     logits = torch.tensor([[1.0, 5.0, -9.0, 0.0]])
     margin = margin_of(logits, torch.tensor([0]), torch.tensor([[1, 2]]))

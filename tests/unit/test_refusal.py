@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from holdfast.attacks.residual import _positions, pose
-from holdfast.batch import Batch, Example, lead
+from holdfast.batch import Batch, Example
 from holdfast.behaviors.refusal import Refusal
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.controls import aim_elsewhere, aimed_among
@@ -26,6 +26,7 @@ from holdfast.funnel import collapsed_of, funnel_of
 from holdfast.interventions.clamp import Clamp
 from holdfast.judges import complies, refuses
 from holdfast.loading import SubjectSpec
+from holdfast.margins import lead
 from holdfast.recovery import Budget, Perturb, RecoverySpec, Stop, recover
 from holdfast.regain import regain
 from holdfast.replay import Replay

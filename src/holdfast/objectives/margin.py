@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from holdfast.batch import lead
+from holdfast.margins import lead
 from holdfast.objectives import ObjectiveKind
 
 

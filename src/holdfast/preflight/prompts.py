@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from holdfast.batch import check_disjoint
 from holdfast.errors import SplitError
 from holdfast.finding import Finding
 from holdfast.preflight.scene import N_PROMPTS, Scene, listed, spread_rows
+from holdfast.splits import check_disjoint
 
 _MARK = re.compile(r"<[^\s<>]+>")
 """How chat templates write their special tokens: <|im_start|>, <start_of_turn>, <end>."""

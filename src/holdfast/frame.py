@@ -1,0 +1,71 @@
+"""What an edit sees of the prompts it is applied to: rows, groups and absolute positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What an edit may know about the rows and columns it is applied to.
+
+    ids: b example ids; groups: b group labels (feature sets can differ by group);
+    positions [b s]: absolute, -1 for padding; prompt_length [b]: tokens in the prompt, BOS
+    included; bos [b]: whether position 0 is a beginning-of-sequence token; template [b]: position
+    of the first token of the chat template after the instruction, prompt_length without one;
+    decided: what edits decided on these prompts, [b] by the id of what did. A frame of what follows
+    a prompt, made by `replace`, has it from the prompt's.
+    """
+
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    positions: Tensor
+    prompt_length: Tensor
+    bos: Tensor
+    template: Tensor
+    decided: dict[int, tuple[object, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    _known: dict[int, tuple[object, Any]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def once(self, owner: object, work_out: Callable[[], T]) -> T:
+        """What `owner` works out of the frame alone, worked out the first time it is asked for.
+
+        The steps of a search pass one frame again and again. What comes from lists would be built
+        and copied to the device each time, and the device waited for.
+        """
+        if id(owner) not in self._known:
+            self._known[id(owner)] = (owner, work_out())  # the owner too: ids are used again
+        found: T = self._known[id(owner)][1]
+        return found
+
+    def to(self, device: torch.device) -> Frame:
+        """The same frame on a device; itself if it is there."""
+        if self.positions.device == device:
+            return self
+        names = ("positions", "prompt_length", "bos", "template")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def rows(self, rows: Tensor) -> Frame:
+        """The same columns for some rows, in the order given; repeats are allowed."""
+        index = rows.tolist()
+        return Frame(
+            tuple(self.ids[i] for i in index),
+            tuple(self.groups[i] for i in index),
+            self.positions[rows],
+            self.prompt_length[rows],
+            self.bos[rows],
+            self.template[rows],
+        )
+
+    def columns(self, columns: slice) -> Frame:
+        return replace(self, positions=self.positions[:, columns])
