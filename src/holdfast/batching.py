@@ -162,6 +162,10 @@ class Batching:
             take_back = mark() if mark is not None else None
             try:
                 done.append(do(piece))
+            except OutOfMemoryError:
+                # Of a piece inside of this one, with a single row: beside fewer it may fit.
+                if len(piece) == 1:
+                    raise
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -6,8 +6,8 @@ runs from the embedding, and what the clamped features do is read from the resid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from holdfast.batch import Batch, Frame
 from holdfast.constraints import Promise
 from holdfast.drift import TINY, floor_of, moved_preactivations, relative_of
 from holdfast.edits import Capture, Edit, FeatureEdit, Perturbation
+from holdfast.firing import Counted, counted
 from holdfast.reactivation import Reactivation
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
@@ -124,11 +125,51 @@ def verify(
 ) -> Checks:
     """Compare the pass with the perturbation to the one without, prompt by prompt.
 
-    held: site → the features that were to stay; median_active: site → group → their scale.
+    held: site → the features that were to stay; median_active: site → group → their scale. What
+    is read at every token is there of a piece of rows at a time.
     """
-    sites = tuple(sorted({*held, *perturbation.sites}))
-    reference = _Pass.of(subject, batch, edits, None, sites, perturbation, clamp_first)
-    recovered = _Pass.of(subject, batch, edits, perturbation, sites, perturbation, clamp_first)
+    run, push = counted(edits), Counted(perturbation)
+    held = _together(held, perturbation)
+
+    def compare(rows: Tensor) -> Checks:
+        some, own = batch.rows(rows), perturbation.rows(rows)
+        sites = tuple(sorted({*held, *own.sites}))
+        reference = _Pass.of(subject, some, run, None, sites, own, clamp_first)
+        recovered = _Pass.of(subject, some, run, push, sites, own, clamp_first)
+        floor = _rounding_floor(subject, held, some.frame(), reference, own, rows, len(batch))
+        return _checks(some, edits, held, median_active, reference, recovered, own, floor)
+
+    pieces = subject.batching.over("passes", _every(batch), compare)
+    for each in (*run, push):
+        each.check()
+    return Checks(
+        **{f.name: torch.cat([getattr(p, f.name) for p in pieces]) for f in fields(Checks)}
+    )
+
+
+def _together(
+    held: Mapping[Site, FeatureBank], perturbation: Perturbation
+) -> Mapping[Site, FeatureBank]:
+    """Banks of several sites where what is read of them is compared."""
+    return {site: bank.to(perturbation.positions.device) for site, bank in held.items()}
+
+
+def _every(batch: Batch) -> Tensor:
+    """[n] all rows of a batch."""
+    return torch.arange(len(batch), device=batch.tokens.device)
+
+
+def _checks(
+    batch: Batch,
+    edits: Sequence[Edit],
+    held: Mapping[Site, FeatureBank],
+    median_active: Mapping[Site, Mapping[str, float | None]],
+    reference: _Pass,
+    recovered: _Pass,
+    perturbation: Perturbation,
+    rounding_floor: Tensor,
+) -> Checks:
+    """What two passes over the same rows say."""
     frame = batch.frame()
     by_site = [
         _at_site(
@@ -179,7 +220,7 @@ def verify(
         readout_rise=total.read_up.sqrt(),
         readout_fall=total.read_down.sqrt(),
         readout_relative=total.relative_at_readout,
-        rounding_floor=_rounding_floor(subject, held, frame, reference, perturbation),
+        rounding_floor=rounding_floor,
     )
 
 
@@ -215,32 +256,62 @@ def effects(
     held: Mapping[Site, FeatureBank],
     median_active: Mapping[Site, Mapping[str, float | None]],
     clamp_first: bool,
-) -> Iterator[Effect]:
+) -> list[Effect]:
     """Several perturbations of the same sites and positions, each in full forward passes and
     compared to one pass without any: the part of `verify` that comparing them needs."""
-    reference: _Pass | None = None
-    frame = batch.frame()
-    for perturbation in perturbations:
-        sites = tuple(sorted({*held, *perturbation.sites}))
-        if reference is None:
-            reference = _Pass.of(subject, batch, edits, None, sites, perturbation, clamp_first)
-        moved = _Pass.of(subject, batch, edits, perturbation, sites, perturbation, clamp_first)
-        total = _Features.sum(
-            [
-                _at_site(
-                    frame, edits, held[site], median_active[site], reference.at(site),
-                    moved.at(site), perturbation.positions,
-                )
-                for site in sorted(held)
-            ]
-        )  # fmt: skip
-        yield Effect(
-            margin=batch.margin(moved.logits).double(),
-            norm=perturbation.norm,
-            preactivation_drift=total.drift,
-            drift_relative=total.relative,
-            overtaken=total.overtaken,
-        )
+    added = tuple(perturbations)
+    if not added:
+        return []
+    run, pushes = counted(edits), counted(added)
+    held = _together(held, added[0])
+    sites = tuple(sorted({*held, *added[0].sites}))
+
+    def compare(rows: Tensor) -> list[Effect]:
+        some, first = batch.rows(rows), added[0].rows(rows)
+        reference = _Pass.of(subject, some, run, None, sites, first, clamp_first)
+        return [
+            _effect(
+                some, edits, held, median_active, reference,
+                _Pass.of(subject, some, run, push, sites, first, clamp_first), own.rows(rows),
+            )
+            for own, push in zip(added, pushes, strict=True)
+        ]  # fmt: skip
+
+    pieces = subject.batching.over("passes", _every(batch), compare)
+    for each in (*run, *pushes):
+        each.check()
+    names = [f.name for f in fields(Effect)]
+    return [
+        Effect(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        for parts in zip(*pieces, strict=True)
+    ]
+
+
+def _effect(
+    batch: Batch,
+    edits: Sequence[Edit],
+    held: Mapping[Site, FeatureBank],
+    median_active: Mapping[Site, Mapping[str, float | None]],
+    reference: _Pass,
+    moved: _Pass,
+    perturbation: Perturbation,
+) -> Effect:
+    total = _Features.sum(
+        [
+            _at_site(
+                batch.frame(), edits, held[site], median_active[site], reference.at(site),
+                moved.at(site), perturbation.positions,
+            )
+            for site in sorted(held)
+        ]
+    )  # fmt: skip
+    return Effect(
+        margin=batch.margin(moved.logits).double(),
+        norm=perturbation.norm,
+        preactivation_drift=total.drift,
+        drift_relative=total.relative,
+        overtaken=total.overtaken,
+    )
 
 
 @dataclass(frozen=True)
@@ -267,7 +338,7 @@ class _Pass:
         subject: Subject,
         batch: Batch,
         edits: Sequence[Edit],
-        added: Perturbation | None,
+        added: Edit | None,
         sites: Sequence[Site],
         perturbation: Perturbation,
         clamp_first: bool,
@@ -481,10 +552,12 @@ def _rounding_floor(
     frame: Frame,
     reference: _Pass,
     perturbation: Perturbation,
+    rows: Tensor,
+    n: int,
 ) -> Tensor:
-    """[n] mean over draws of the largest drift that rounding alone makes of null-space vectors, at
-    sites that are held and perturbed. NaN where there is none, or where the SAE normalizes tokens
-    and so has no null space."""
+    """[m] mean over draws of the largest drift that rounding alone makes of null-space vectors, at
+    sites that are held and perturbed; of m rows of n, which are drawn for all. NaN where there is
+    none, or where the SAE normalizes tokens and so has no null space."""
     sites = [site for site in perturbation.sites if site in held]
     if not sites or any(held[site].guarantee == "none" for site in sites):
         device = perturbation.positions.device
@@ -499,7 +572,8 @@ def _rounding_floor(
         generator = torch.Generator().manual_seed(0)
         drifts = []
         for _ in range(N_DRAWS):
-            v = space.retract(torch.randn(h.shape, generator=generator).to(h.device))
+            drawn = torch.randn(n, *h.shape[1:], generator=generator)[rows.cpu()]
+            v = space.retract(drawn.to(h.device))
             v = v * length / v.norm(dim=-1, keepdim=True).clamp_min(TINY)
             rounded = (h.float() + v).to(subject.model.dtype)
             moved, scale = moved_preactivations(bank, frame, h.double(), rounded.double())

@@ -27,7 +27,10 @@ CODES = 4
 """Tensors [rows tokens features] that attribution holds at once, of a block of features."""
 
 LIVE_COPIES = 3
-"""Residuals that are captured while a replay is recorded."""
+"""Residuals of a site that are captured while a replay is recorded, or a recovery verified."""
+
+COMPARED = 3
+"""Residuals in float64 that a verification makes of one site at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ class Memory:
 
     weights; saes: slices, and the whole of one where it is needed all the time; whole: what is held
     of a whole SAE while features are found, drawn or compared, with its scores, and code: of one
-    row beside that; replay: what is recorded of all rows; recording: the peak while it is
-    recorded; row: one row of a full pass; answer: one row of a generation, with its keys and
-    values; lane: one lane of a search's step. 0 is what a trial has none of.
+    row beside that; replay: what is recorded of all rows; row: one row of a full pass, with what is
+    captured of it where it is recorded or verified; answer: one row of a generation, with its keys
+    and values; lane: one lane of a search's step. 0 is what a trial has none of.
     """
 
     weights: float
@@ -46,7 +49,6 @@ class Memory:
     whole: float
     code: float
     replay: float
-    recording: float
     row: float
     answer: float
     lane: float
@@ -68,9 +70,8 @@ class Memory:
         held = self.weights + self.saes
         return held + max(
             self.discovery(sizes),
-            self.row * min(rows, sizes.passes),
+            self.replay + self.row * min(rows, sizes.passes),
             self.answer * min(rows, sizes.generation),
-            self.recording,
             self.replay + self.lane * min(lanes, sizes.steps),
         )
 
@@ -78,12 +79,15 @@ class Memory:
         """The largest sizes that fit in `memory` bytes of so many devices together; 0 of everything
         where not even one row can be recorded."""
         free = FREE * memory - self.weights - self.saes
-        return Sizes.every(0) if free < self.recording else self.beside(free, n_devices)
+        return Sizes.every(0) if free < self.replay + self.row else self.beside(free, n_devices)
 
     def beside(self, free: float, n_devices: int = 1) -> Sizes:
         """The largest sizes that fit into so many bytes beside weights and slices, none above what
         is worth it. A whole SAE is on one of the devices, beside its share of the model."""
-        held = dict.fromkeys(WORK, 0.0) | {"steps": self.replay, "discovery": self.whole}
+        held: dict[Work, float] = {
+            "passes": self.replay, "generation": 0.0, "steps": self.replay,
+            "discovery": self.whole,
+        }  # fmt: skip
         room = dict.fromkeys(WORK, free) | {"discovery": free / n_devices}
         sizes = {}
         for work, row in self.per_row.items():
@@ -101,13 +105,14 @@ def memory_of(scene: Scene, device: float = math.inf) -> Memory:
     logits = scene.trial.behavior.n_read * model.vocabulary * _logit(scene)
     row = kept(scene, widest, longest, longest) + logits
     answer = row + everything if scene.trial.behavior.answer_tokens else 0.0
-    searched = _search(scene, widest) if scene.trial.searches else (0.0, 0.0, 0.0)
+    replay, lane = _search(scene) if scene.trial.searches else (0.0, 0.0)
+    if scene.trial.searches:
+        row = max(row + _compared(scene), recorded_row(scene))
     sliced = sum(8 * d * k for k in scene.features.values())
     run = sum(_run(scene, site, device) for site, n in scene.whole.items() if n)
     weights = model.in_blocks * scene.weight_bytes + (model.parameters - model.in_blocks) * size
     whole, code = _discovery(scene)
-    replay, recording, lane = searched
-    return Memory(weights, sliced + run, whole, code, replay, recording, row, answer, lane)
+    return Memory(weights, sliced + run, whole, code, replay, row, answer, lane)
 
 
 def _run(scene: Scene, site: Site, device: float) -> float:
@@ -136,8 +141,25 @@ def _logit(scene: Scene) -> int:
     return scene.size + 12
 
 
-def _search(scene: Scene, widest: Block) -> tuple[float, float, float]:
-    """What is recorded of all rows, the peak while it is recorded, and one lane of a step."""
+def _compared(scene: Scene) -> float:
+    """What a verification holds of one row beside its pass: captures, what was read of both passes
+    in float32, and their difference."""
+    n_sites = len({*scene.sites, *scene.features})
+    captured = n_sites * (LIVE_COPIES * scene.size + 2 * 4) + COMPARED * 8
+    return float(scene.model.d_model * scene.longest * captured)
+
+
+def recorded_row(scene: Scene) -> float:
+    """One row of the passes that record a replay, with the keys and values of all blocks."""
+    model, size, tokens = scene.model, scene.size, scene.tokens
+    widest = max(model.blocks, key=lambda block: block.outputs)
+    keys = sum(2 * block.keys * tokens * size for block in model.blocks)
+    captured = LIVE_COPIES * len(scene.sites) * model.d_model * tokens * size
+    return kept(scene, widest, tokens, tokens) + keys + captured
+
+
+def _search(scene: Scene) -> tuple[float, float]:
+    """What is recorded of all rows, and one lane of a step."""
     model, size, rows = scene.model, scene.size, scene.rows
     d, tokens, columns = model.d_model, scene.tokens, scene.columns
     first = scene.sites[0].depth
@@ -153,13 +175,7 @@ def _search(scene: Scene, widest: Block) -> tuple[float, float, float]:
         read += scene.n_logits * d * size
     # What was recorded, copied for the lane; the graph, and one block's gradients on the way.
     lane = recorded + sum(graph) + max(graph, default=0.0) + read
-    recording = rows * (
-        recorded
-        + kept(scene, widest, tokens, tokens)
-        + sum(2 * block.keys * tokens * size for block in model.blocks)
-        + LIVE_COPIES * len(scene.sites) * d * tokens * size
-    )
-    return rows * recorded, recording, lane
+    return rows * recorded, lane
 
 
 def kept(scene: Scene, block: Block, columns: int, keys: int) -> float:

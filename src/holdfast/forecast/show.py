@@ -127,7 +127,7 @@ def _memory_of(forecast: Forecast) -> str:
     found = held.discovery(forecast.scene.sizes)
     return (
         f"Memory: weights {amount(held.weights, 'B')}, discovery {amount(found, 'B')} beside "
-        f"them, recording {amount(held.recording, 'B')}, "
+        f"them, {amount(held.replay, 'B')} recorded for the search, "
         f"{amount(held.row, 'B')} for a row of a full pass and {amount(held.lane, 'B')} for a "
         f"lane of the search. Rows at once: {spelled(forecast.scene.sizes)}."
     )
