@@ -38,7 +38,7 @@ class Noted:
     reached: Tensor
 
     def to(self, device: str) -> Noted:
-        names = ("rows", "margin", "norm", "violation", "reached")
+        names = ("rows", "searching", "margin", "norm", "violation", "reached")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 

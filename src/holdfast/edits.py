@@ -214,7 +214,7 @@ class Perturbation:
 
     def _matches(self, frame: Frame) -> Tensor:
         """[b p s] bool: perturbed position p of the row is column s of the frame."""
-        own = self.positions[self._own_rows(frame)]
+        own = self.positions[self._own_rows(frame)].to(frame.positions.device)
         return (own[:, :, None] == frame.positions[:, None, :]) & (own >= 0)[:, :, None]
 
     def selects(self, site: Site, frame: Frame) -> Tensor:
@@ -222,7 +222,7 @@ class Perturbation:
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         matches = self._matches(frame)
-        delta = self.deltas[site][self._own_rows(frame)]
+        delta = self.deltas[site][self._own_rows(frame)].to(x.device)
         change = torch.einsum("bps,bpd->bsd", matches.to(delta.dtype), delta)
         return splice(x, change, matches.any(1))
 
@@ -230,6 +230,15 @@ class Perturbation:
         # Which rows ran is not known here, so the exact count is checked by `check_inside`.
         if n_fired == 0:
             raise never_fired(self, site)
+
+    def rows(self, rows: Tensor) -> Perturbation:
+        """The vectors of some prompts, in the order given."""
+        own = rows.to(self.positions.device)
+        return Perturbation(
+            tuple(self.ids[row] for row in rows.tolist()),
+            self.positions[own],
+            {site: delta[rows.to(delta.device)] for site, delta in self.deltas.items()},
+        )
 
     def within(self, batch: Batch) -> Perturbation:
         """The vectors at positions that the rows of `batch` have: a text may end before the last
@@ -295,7 +304,8 @@ class Capture(EveryToken):
     def at(self, ids: tuple[str, ...], positions: Tensor) -> Tensor:
         """[b p d_model]: what was read for the prompts `ids` at absolute positions [b p].
 
-        Rows of -1 come back as zeros. Raises PositionError if a position was never seen.
+        Rows of -1 come back as zeros, all on the device of `positions`. Raises PositionError if a
+        position was never seen.
         """
         row_of = {example: row for row, example in enumerate(ids)}
         d = self.seen[0][1].shape[-1]
@@ -306,13 +316,11 @@ class Capture(EveryToken):
             if not here:
                 continue
             local, rows = (torch.as_tensor(column) for column in zip(*here, strict=True))
-            wanted = positions[rows]
-            match = (wanted[:, :, None] == frame.positions[local][:, None, :]) & (wanted >= 0)[
-                :, :, None
-            ]
+            wanted, there = positions[rows], frame.positions[local].to(positions.device)
+            match = (wanted[:, :, None] == there[:, None, :]) & (wanted >= 0)[:, :, None]
             hit = match.any(-1)
             column = match.int().argmax(-1)
-            values = x[local[:, None], column].float()
+            values = x[local[:, None], column.to(x.device)].float().to(out.device)
             out[rows] = torch.where(hit[..., None], values, out[rows])
             found[rows] |= hit
         missing = ~found & (positions >= 0)

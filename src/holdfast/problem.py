@@ -38,6 +38,11 @@ class Problem:
     radius: Tensor
     objective: ObjectiveKind = field(default_factory=Margin)
 
+    def __post_init__(self) -> None:
+        # A search lies on one device, whatever devices the blocks of its sites are on.
+        held = {site: bank.to(self.goal.device) for site, bank in self.held.items()}
+        object.__setattr__(self, "held", held)
+
     def __len__(self) -> int:
         return len(self.goal)
 

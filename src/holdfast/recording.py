@@ -28,12 +28,14 @@ from holdfast.subject import Subject
 
 @dataclass(frozen=True)
 class _Piece:
-    """What the passes over n rows left: calls by block, and what each capture read in the suffix
-    columns."""
+    """What the passes over n rows left: calls by block, base [n s d_model] in the suffix columns,
+    and what captures read at the perturbed positions, [n p d_model] each: what they read at other
+    tokens is let go of with the piece."""
 
     n: int
     calls: Sequence[Call]
-    seen: Sequence[Tensor]
+    base: Tensor
+    cut: Sequence[Tensor]
 
 
 def record(
@@ -52,20 +54,22 @@ def record(
     raw = {site: Capture(site) for site in sites}
     base = Capture(sites[0])
     seen = {site: Capture(site) for site in dict.fromkeys((*sites, *watch))}
-    captures = (*raw.values(), base, *seen.values())
+    cuts = (*raw.values(), *seen.values())
     edits = (*raw.values(), *before, base, *after, *seen.values())
     blocks = subject.family.blocks_of(subject.model)
     kept = _Kept(len(batch))
+    frame = batch.frame().columns(slice(start, None))
+    columns = slots.find(positions, frame.positions)
     # One `with` for all pieces: an edit need not fire in each.
     with torch.no_grad(), AttachedEdits(blocks, edits) as attached:
         pieces = subject.batching.over(
             "passes", torch.arange(len(batch), device=batch.tokens.device),
-            lambda rows: _piece(subject, batch, rows, start, sites[0], attached, captures, kept),
+            lambda rows: _piece(
+                subject, batch, rows, start, sites[0], attached, base, cuts, columns, kept
+            ),
             attached.mark,
         )  # fmt: skip
-    frame = batch.frame().columns(slice(start, None))
-    columns = slots.find(positions, frame.positions)
-    read = dict(zip(map(id, captures), map(_cat, zip(*(p.seen for p in pieces), strict=True)),
+    read = dict(zip(map(id, cuts), map(_cat, zip(*(p.cut for p in pieces), strict=True)),
                     strict=True))  # fmt: skip
     cache = kept.cache()
     above = [Site(depth) for depth in range(sites[0].depth + 1, subject.n_blocks + 1)]
@@ -74,12 +78,12 @@ def record(
         sites=sites,
         batch=batch,
         frame=frame,
-        base=read[id(base)],
+        base=_cat([p.base for p in pieces]),
         columns=columns,
         before=_again(before, above, frame),
         after=_again(after, [sites[0], *above], frame),
-        reference={site: slots.cut(read[id(own)], columns) for site, own in seen.items()},
-        unclamped={site: slots.cut(read[id(own)], columns) for site, own in raw.items()},
+        reference={site: read[id(own)] for site, own in seen.items()},
+        unclamped={site: read[id(own)] for site, own in raw.items()},
         cache=cache,
         calls=reading(joined([(p.n, p.calls) for p in pieces]), cache),
         whole=whole,
@@ -111,13 +115,16 @@ def _piece(
     start: int,
     lowest: Site,
     attached: AttachedEdits,
-    captures: Sequence[Capture],
+    base: Capture,
+    cuts: Sequence[Capture],
+    columns: Tensor,
     kept: _Kept,
 ) -> _Piece:
-    """The passes over some rows. Their prefix goes to `kept`."""
+    """The passes over some rows, of which `cuts` are kept at the columns [n p] of all rows. Their
+    prefix goes to `kept`."""
     from transformers import DynamicCache
 
-    n = len(rows)
+    n, own = len(rows), columns[rows.to(columns.device)]
     if n < len(batch):
         # What blocks are called with depends on whether any row of a pass is padded: the shortest
         # prompt of all goes with every piece.
@@ -144,14 +151,15 @@ def _piece(
         (layer.keys, layer.values) if index >= lowest.depth else None
         for index, layer in enumerate(cache.layers)
     ]
-    for capture in captures:
+    for capture in (base, *cuts):
         capture.seen.clear()
     blocks = subject.family.blocks_of(subject.model)
     recorded = record_calls(blocks, lambda: run(slice(start, tokens.shape[1])))
     # A replay gives its own residual; the piece's cache must not be held by its calls.
     calls = reading([(args[1:], kwargs) for args, kwargs in recorded], PrefixCache(()))
     kept.add(above if start else [], n)  # last: a piece that runs out of memory can be done again
-    return _Piece(n, calls, [own.seen.pop()[1][:n] for own in captures])
+    cut = [slots.cut(capture.seen.pop()[1][:n], own) for capture in cuts]
+    return _Piece(n, calls, base.seen.pop()[1][:n], cut)
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

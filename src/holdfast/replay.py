@@ -95,9 +95,11 @@ class Replay(Recorded):
 
     def suffix(self, delta: Tensor, sites: Sequence[Site]) -> dict[Site, tuple[Tensor, Tensor]]:
         """Site → residuals [n s d_model] in float32 at every suffix column, before the site's edits
-        and after them: later tokens than the perturbed ones move too, through attention."""
+        and after them, on the device of `delta`: later tokens than the perturbed ones move too,
+        through attention."""
         passed = self._run(delta, sites)
-        return {site: (passed[site].entering.float(), passed[site].leaving.float())
+        return {site: (passed[site].entering.float().to(delta.device),
+                       passed[site].leaving.float().to(delta.device))
                 for site in sites}  # fmt: skip
 
     def realized(self, delta: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +20,22 @@ N_DRAWS = 8
 """Random vectors per prompt that the rounding floor is averaged over."""
 
 
+class Drawn(NamedTuple):
+    """Rows [m] of n: noise is drawn for all n, so that a prompt's is the same in any piece."""
+
+    rows: Tensor
+    n: int
+
+
 def rounding_floor(
     dtype: torch.dtype,
     held: Mapping[Site, FeatureBank],
     frame: Frame,
     reference: FullPass,
     perturbation: Perturbation,
+    drawn: Drawn,
 ) -> Tensor:
-    """[n] mean over draws of the largest drift that rounding alone makes of null-space vectors, at
+    """[m] mean over draws of the largest drift that rounding alone makes of null-space vectors, at
     sites that are held and perturbed. dtype: the model's. NaN where there is none, or where the SAE
     normalizes tokens and so has no null space."""
     sites = [site for site in perturbation.sites if site in held]
@@ -42,7 +51,8 @@ def rounding_floor(
         generator = torch.Generator().manual_seed(0)
         drifts = []
         for _ in range(N_DRAWS):
-            v = space.retract(torch.randn(h.shape, generator=generator).to(h.device))
+            noise = torch.randn(drawn.n, *h.shape[1:], generator=generator)[drawn.rows.cpu()]
+            v = space.retract(noise.to(h.device))
             v = v * length / v.norm(dim=-1, keepdim=True).clamp_min(TINY)
             rounded = (h.float() + v).to(dtype)
             moved = preactivation_drift(bank, frame, h.double(), rounded.double())

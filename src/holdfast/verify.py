@@ -6,8 +6,9 @@ runs from the embedding, and what the clamped features do is read from the resid
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +17,17 @@ from holdfast.batch import Batch, Frame
 from holdfast.checks import Checks
 from holdfast.drift import MedianActive
 from holdfast.edits import Edit, Perturbation, in_order
+from holdfast.firing import Counted, counted
 from holdfast.full_pass import FullPass
 from holdfast.held_features import HeldFeatures, square
 from holdfast.others import Others
-from holdfast.rounding import rounding_floor
+from holdfast.rounding import Drawn, rounding_floor
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
 from holdfast.taken_back import taken_back
+
+T = TypeVar("T")
 
 
 def verify(
@@ -39,14 +43,63 @@ def verify(
     """Compare the pass with the perturbation to the one without, prompt by prompt.
 
     held: site → the features that were to stay; median_active: site → group → their scale; whole:
-    held sites at which every other feature of the SAE is looked at too.
+    held sites at which every other feature of the SAE is looked at too. What is read at every token
+    is there of a piece of rows at a time.
     """
+    run, push = counted(edits), Counted(perturbation)
+    held = _together(held, perturbation)
+
+    def compare(rows: Tensor) -> Checks:
+        some, own = batch.rows(rows), perturbation.rows(rows)
+        return _compared(
+            subject, some, edits, run, push, own, held, median_active, clamp_first, whole,
+            Drawn(rows, len(batch)),
+        )  # fmt: skip
+
+    pieces = subject.batching.over("passes", _every(batch), compare)
+    for each in (*run, push):
+        each.check()
+    return _joined(Checks, pieces)
+
+
+def _joined(kind: type[T], parts: Sequence[T]) -> T:
+    """Of all rows, what was found of some rows after the other: a record of tensors [n]."""
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def _together(
+    held: Mapping[Site, FeatureBank], perturbation: Perturbation
+) -> Mapping[Site, FeatureBank]:
+    """Banks of several sites where what is read of them is compared."""
+    return {site: bank.to(perturbation.positions.device) for site, bank in held.items()}
+
+
+def _every(batch: Batch) -> Tensor:
+    """[n] all rows of a batch."""
+    return torch.arange(len(batch), device=batch.tokens.device)
+
+
+def _compared(
+    subject: Subject,
+    batch: Batch,
+    edits: Sequence[Edit],
+    run: Sequence[Edit],
+    push: Edit,
+    perturbation: Perturbation,
+    held: Mapping[Site, FeatureBank],
+    median_active: Mapping[Site, MedianActive],
+    clamp_first: bool,
+    whole: Collection[Site],
+    drawn: Drawn,
+) -> Checks:
+    """`verify` of some rows. run, push: edits and perturbation, as they count what they touch."""
     reference, recovered = (
-        _passed(subject, batch, edits, added, perturbation, held, clamp_first)
-        for added in ((), (perturbation,))
+        _passed(subject, batch, run, added, perturbation, held, clamp_first)
+        for added in ((), (push,))
     )
     frame = batch.frame()
-    rounding = rounding_floor(subject.model.dtype, held, frame, reference, perturbation)
+    rounding = rounding_floor(subject.model.dtype, held, frame, reference, perturbation, drawn)
     others = [
         _others(subject, held[site], frame, site, perturbation, reference, recovered)
         for site in whole
@@ -151,32 +204,46 @@ def effects(
     held: Mapping[Site, FeatureBank],
     median_active: Mapping[Site, MedianActive],
     clamp_first: bool,
-) -> Iterator[Effect]:
+) -> list[Effect]:
     """Several perturbations of the same sites and positions, each in full forward passes and
     compared to one pass without any: the part of `verify` that comparing them needs."""
-    reference: FullPass | None = None
-    frame = batch.frame()
-    for perturbation in perturbations:
-        if reference is None:
-            reference = _passed(subject, batch, edits, (), perturbation, held, clamp_first)
-        moved = _passed(subject, batch, edits, (perturbation,), perturbation, held, clamp_first)
-        total = HeldFeatures.between(
-            frame, edits, held, median_active, reference, moved, perturbation.positions
-        )
-        yield Effect(
-            margin=batch.margin(moved.logits).double(),
-            norm=perturbation.norm,
-            preactivation_drift=total.preactivation,
-            drift_relative=total.relative,
-            overtaken=total.overtaken,
-        )
+    added = tuple(perturbations)
+    if not added:
+        return []
+    run, pushes = counted(edits), counted(added)
+    held = _together(held, added[0])
+
+    def compare(rows: Tensor) -> list[Effect]:
+        some, first = batch.rows(rows), added[0].rows(rows)
+        reference = _passed(subject, some, run, (), first, held, clamp_first)
+        found = []
+        for own, push in zip(added, pushes, strict=True):
+            moved = _passed(subject, some, run, (push,), first, held, clamp_first)
+            total = HeldFeatures.between(
+                some.frame(), edits, held, median_active, reference, moved, first.positions
+            )
+            found.append(
+                Effect(
+                    margin=some.margin(moved.logits).double(),
+                    norm=own.rows(rows).norm,
+                    preactivation_drift=total.preactivation,
+                    drift_relative=total.relative,
+                    overtaken=total.overtaken,
+                )
+            )
+        return found
+
+    pieces = subject.batching.over("passes", _every(batch), compare)
+    for each in (*run, *pushes):
+        each.check()
+    return [_joined(Effect, parts) for parts in zip(*pieces, strict=True)]
 
 
 def _passed(
     subject: Subject,
     batch: Batch,
     edits: Sequence[Edit],
-    added: Sequence[Perturbation],
+    added: Sequence[Edit],
     perturbation: Perturbation,
     held: Mapping[Site, FeatureBank],
     clamp_first: bool,

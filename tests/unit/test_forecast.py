@@ -37,7 +37,7 @@ from holdfast.forecast import Forecast, forecast, forecast_study, on_device, on_
 from holdfast.forecast.architecture import Architecture, Block
 from holdfast.forecast.comparing import n_variants
 from holdfast.forecast.device import GPUS, gpu, probe
-from holdfast.forecast.memory import memory_of
+from holdfast.forecast.memory import memory_of, recorded_row
 from holdfast.forecast.passes import Passes
 from holdfast.forecast.prompts import Prompts
 from holdfast.forecast.scene import Scene
@@ -318,7 +318,7 @@ def test_holding_several_sites_runs_the_blocks_between_them_again(tmp_path: Path
 def test_the_batch_that_fits_fits(paper: Scene) -> None:
     held = memory_of(paper)
     for rows in (3, 300):
-        memory = (held.weights + held.saes + held.replay + rows * max(held.row, held.taking)) / 0.85
+        memory = (held.weights + held.saes + held.replay + rows * held.row) / 0.85
         sizes = held.fit(memory)
         assert 0 < sizes.smallest < MOST.smallest, sizes
         assert held.peak(10**6, 10**6, 10**6, sizes) <= memory
@@ -478,7 +478,7 @@ def test_attempts_generate_answers_and_search_nothing(tmp_path: Path) -> None:
     assert longest > 1 and talked.scene.longest == longest * (12 + 9)
     assert talked.peak > said.peak
     held = memory_of(talked.scene)
-    assert held.lane == held.replay == held.taking == 0
+    assert held.lane == held.replay == 0
     assert held.peak(10**6, 10**6, 10**6, held.fit(1e8)) <= 1e8
 
 
@@ -595,7 +595,7 @@ def test_the_peak_of_a_step_is_within_a_factor_of_two(
     with Live(*known, positions) as recorded:
         replay = Replay.record(subject, batch, SITE, positions)
     expected = memory_of(scene_)
-    assert 0.5 < expected.recording(n, scene_.sizes) / recorded.peak < 2
+    assert 0.5 < (expected.replay + n * recorded_row(scene_)) / recorded.peak < 2
 
     delta, answers = torch.zeros(n, positions.shape[1], 256), torch.tensor([[3, 5]] * n)
     kept = [replay.base, *(t for t in tree_iter(replay.calls) if isinstance(t, Tensor))]

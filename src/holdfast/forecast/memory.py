@@ -27,7 +27,10 @@ CODES = 4
 """Tensors [rows tokens features] that attribution holds at once, of a block of features."""
 
 LIVE_COPIES = 3
-"""Residuals that are captured while a replay is recorded."""
+"""Residuals of a site that are captured while a replay is recorded, or a recovery verified."""
+
+COMPARED = 3
+"""Residuals in float64 that a verification makes of one site at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class Memory:
     weights; saes: slices, and the whole of one where it is needed all the time; whole: what is held
     of a whole SAE while features are found, drawn or compared, with its scores, and code: of one
     row beside that; replay: what is recorded of all rows of the batch that is searched, of this
-    trial and of those beside it, and taking: what a row's pass holds beside that while it is
-    recorded; row: one row of a full pass; answer: one row of a generation, with its keys and
-    values; lane: one lane of a search's step. 0 is what a trial has none of.
+    trial and of those beside it; row: one row of a full pass, with what is captured of it where it
+    is recorded or verified; answer: one row of a generation, with its keys
+    and values; lane: one lane of a search's step. 0 is what a trial has none of.
     """
 
     weights: float
@@ -47,14 +50,9 @@ class Memory:
     whole: float
     code: float
     replay: float
-    taking: float
     row: float
     answer: float
     lane: float
-
-    def recording(self, rows: int, sizes: Sizes) -> float:
-        """The peak while so many rows are recorded, as many at once as go through a pass."""
-        return self.replay + self.taking * min(rows, sizes.passes)
 
     @property
     def per_row(self) -> dict[Work, float]:
@@ -74,9 +72,8 @@ class Memory:
         held = self.weights + self.saes
         return held + max(
             self.discovery(sizes),
-            self.row * min(rows, sizes.passes),
+            self.replay + self.row * min(max(rows, searched), sizes.passes),
             self.answer * min(rows, sizes.generation),
-            self.recording(searched, sizes),
             self.replay + self.lane * min(lanes, sizes.steps),
         )
 
@@ -84,21 +81,20 @@ class Memory:
         """The largest sizes that fit in `memory` bytes of so many devices together; 0 of everything
         where not even one row can be recorded."""
         free = FREE * memory - self.weights - self.saes
-        least = self.replay + self.taking
-        return Sizes.every(0) if free < least else self.beside(free, n_devices)
+        return Sizes.every(0) if free < self.replay + self.row else self.beside(free, n_devices)
 
     def beside(self, free: float, n_devices: int = 1) -> Sizes:
         """The largest sizes that fit into so many bytes beside weights and slices, none above what
         is worth it. A whole SAE is on one of the devices, beside its share of the model."""
-        held = dict.fromkeys(WORK, 0.0) | {"steps": self.replay, "discovery": self.whole}
+        held: dict[Work, float] = {
+            "passes": self.replay, "generation": 0.0, "steps": self.replay,
+            "discovery": self.whole,
+        }  # fmt: skip
         room = dict.fromkeys(WORK, free) | {"discovery": free / n_devices}
         sizes = {}
         for work, row in self.per_row.items():
             fits = (room[work] - held[work]) / row if row else MOST.of(work)
             sizes[work] = max(0, min(MOST.of(work), int(fits)))
-        if self.taking:  # a pass that is recorded stands beside what is recorded
-            taken = int((free - self.replay) / self.taking)
-            sizes["passes"] = max(0, min(sizes["passes"], taken))
         return Sizes(**sizes)
 
 
@@ -111,13 +107,14 @@ def memory_of(scene: Scene, device: float = math.inf) -> Memory:
     logits = scene.trial.behavior.n_read * model.vocabulary * _logit(scene)
     row = kept(scene, widest, longest, longest) + logits
     answer = row + everything if scene.trial.behavior.answer_tokens else 0.0
-    searched = _search(scene, widest) if scene.trial.searches else (0.0, 0.0, 0.0)
+    replay, lane = _search(scene) if scene.trial.searches else (0.0, 0.0)
+    if scene.trial.searches:
+        row = max(row + _compared(scene), recorded_row(scene))
     sliced = sum(8 * d * k for k in scene.features.values())
     run = sum(_run(scene, site, device) for site, n in scene.whole.items() if n)
     weights = model.in_blocks * scene.weight_bytes + (model.parameters - model.in_blocks) * size
     whole, code = _discovery(scene)
-    replay, taking, lane = searched
-    return Memory(weights, sliced + run, whole, code, replay, taking, row, answer, lane)
+    return Memory(weights, sliced + run, whole, code, replay, row, answer, lane)
 
 
 def _run(scene: Scene, site: Site, device: float) -> float:
@@ -146,9 +143,25 @@ def _logit(scene: Scene) -> int:
     return scene.size + 12
 
 
-def _search(scene: Scene, widest: Block) -> tuple[float, float, float]:
-    """What is recorded of all rows of the batch, what a row's pass holds beside that while it is
-    recorded, and one lane of a step."""
+def _compared(scene: Scene) -> float:
+    """What a verification holds of one row beside its pass: captures, what was read of both passes
+    in float32, and their difference."""
+    n_sites = len({*scene.sites, *scene.features})
+    captured = n_sites * (LIVE_COPIES * scene.size + 2 * 4) + COMPARED * 8
+    return float(scene.model.d_model * scene.longest * captured)
+
+
+def recorded_row(scene: Scene) -> float:
+    """One row of the passes that record a replay, with the keys and values of all blocks."""
+    model, size, tokens = scene.model, scene.size, scene.tokens
+    widest = max(model.blocks, key=lambda block: block.outputs)
+    keys = sum(2 * block.keys * tokens * size for block in model.blocks)
+    captured = LIVE_COPIES * len(scene.sites) * model.d_model * tokens * size
+    return kept(scene, widest, tokens, tokens) + keys + captured
+
+
+def _search(scene: Scene) -> tuple[float, float]:
+    """What is recorded of all rows of the batch, and one lane of a step."""
     model, size = scene.model, scene.size
     d, tokens, columns = model.d_model, scene.tokens, scene.columns
     first = scene.sites[0].depth
@@ -164,12 +177,7 @@ def _search(scene: Scene, widest: Block) -> tuple[float, float, float]:
         read += scene.n_logits * d * size
     # What was recorded, copied for the lane; the graph, and one block's gradients on the way.
     lane = recorded + sum(graph) + max(graph, default=0.0) + read
-    taking = (
-        kept(scene, widest, tokens, tokens)
-        + sum(2 * block.keys * tokens * size for block in model.blocks)
-        + LIVE_COPIES * len(scene.sites) * d * tokens * size
-    )
-    return scene.searched * recorded, taking, lane
+    return scene.searched * recorded, lane
 
 
 def kept(scene: Scene, block: Block, columns: int, keys: int) -> float:

@@ -125,10 +125,9 @@ def _memory_of(forecast: Forecast) -> str:
     """What it holds."""
     held, scene = forecast.memory, forecast.scene
     found = held.discovery(scene.sizes)
-    recording = held.recording(scene.searched, scene.sizes)
     return (
         f"Memory: weights {amount(held.weights, 'B')}, discovery {amount(found, 'B')} beside "
-        f"them, recording {amount(recording, 'B')} for a batch of {scene.searched} rows, "
+        f"them, {amount(held.replay, 'B')} recorded for a batch of {scene.searched} rows, "
         f"{amount(held.row, 'B')} for a row of a full pass and {amount(held.lane, 'B')} for a "
         f"lane of the search. Rows at once: {spelled(scene.sizes)}."
     )

@@ -162,10 +162,10 @@ def _references(problem: Problem, replay: Replay) -> tuple[tuple[Tensor, Tensor]
     n, q, d = problem.shape
 
     def states(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        zero = torch.zeros(len(rows), q, d, device=replay.base.device)
+        zero = torch.zeros(len(rows), q, d, device=replay.columns.device)
         return suffix_states(replay.rows(rows), zero, problem.moved)
 
-    every = torch.arange(n, device=replay.base.device)
+    every = torch.arange(n, device=replay.columns.device)
     parts = replay.subject.batching.over("steps", every, states)
     return tuple(
         (torch.cat([x for x, _ in own]), torch.cat([y for _, y in own]))

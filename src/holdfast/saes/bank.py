@@ -84,10 +84,11 @@ class FeatureBank:
         return guarantee_of(self.norm or Inputs(), None if self.rivals is None else self.rivals.k)
 
     def to(self, device: torch.device | str) -> FeatureBank:
+        """On another device, but for rivals, which are large and read residuals from anywhere."""
+        if self.W_enc.device == torch.device(device):
+            return self
         names = ("W_enc", "W_dec", "b_enc", "threshold", "gain", "offset", "valid")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        rivals = None if self.rivals is None else self.rivals.to(device)
-        return replace(self, **moved, rivals=rivals)
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def slices(self, frame: Frame) -> Tensor:
         """[b] which slice each row of the frame uses. Raises FeatureError for an unknown group."""

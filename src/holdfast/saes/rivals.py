@@ -38,9 +38,10 @@ class Rivals:
     def limit(self, x: Tensor) -> Tensor:
         """[... 1] what a pre-activation of residuals x [... d_model] must exceed to be among the k
         largest; a block of features is computed at a time. It carries no gradient."""
-        x = self.inputs.enter(x if x.dtype == torch.float64 else x.float())
-        x = x - self.b_dec if self.subtract_b_dec else x
-        return kth_of(self._preactivations(x.detach()), self.k)
+        there = x.detach().to(self.b_dec.device)
+        read = self.inputs.enter(there if x.dtype == torch.float64 else there.float())
+        read = read - self.b_dec if self.subtract_b_dec else read
+        return kth_of(self._preactivations(read), self.k).to(x.device)
 
     def _preactivations(self, x: Tensor) -> Iterator[Tensor]:
         """[... m] of a block of features after the other."""
