@@ -10,7 +10,7 @@ to the device when its blocks ask for them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,12 +57,13 @@ class Recorded:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What the passes over n rows left: calls by block, and what each capture read in the suffix
-    columns."""
+    """What the passes over n rows left: calls by block, what each capture read in the suffix
+    columns, and what edits decided."""
 
     n: int
     calls: Sequence[Call]
     seen: Sequence[Tensor]
+    decided: Mapping[int, tuple[object, Tensor]]
 
 
 def record(
@@ -92,7 +93,12 @@ def record(
             lambda rows: _piece(subject, batch, rows, start, sites[0], attached, captures, kept),
             attached.mark,
         )  # fmt: skip
-    frame = batch.frame().columns(slice(start, None))
+    # Of edits below the lowest site, and before it, nothing is run again: what they decided stays.
+    decided = {
+        key: (owner, _cat([piece.decided[key][1] for piece in pieces]))
+        for key, (owner, _) in pieces[0].decided.items()
+    }
+    frame = replace(batch.frame().columns(slice(start, None)), decided=decided)
     columns = slots.find(positions, frame.positions)
     read = dict(zip(map(id, captures), map(_cat, zip(*(p.seen for p in pieces), strict=True)),
                     strict=True))  # fmt: skip
@@ -180,7 +186,8 @@ def _piece(
     # A replay gives its own residual; the piece's cache must not be held by its calls.
     calls = reading([(args[1:], kwargs) for args, kwargs in recorded], PrefixCache(()))
     kept.add(above if start else [], n)  # last: a piece that runs out of memory can be done again
-    return _Piece(n, calls, [own.seen.pop()[1][:n] for own in captures])
+    decided = {key: (owner, made[:n]) for key, (owner, made) in frame.decided.items()}
+    return _Piece(n, calls, [own.seen.pop()[1][:n] for own in captures], decided)
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:
