@@ -243,12 +243,12 @@ def _saveable(edit: Edit, index: int) -> FeatureEdit:
         why = f"it passes on {edit.error_scale:g} of the SAE's error, which needs the whole SAE"
     elif edit.bank.rivals is not None:
         why = "which features of a TopK SAE are on depends on all of them"
-    elif edit.gate is not None and edit.gate.bank.rivals is not None:
-        why = "whether its condition's feature is on depends on all features of its TopK SAE"
-    elif edit.gate is not None and edit.gate.bank.index.keys() != {EVERY_GROUP}:
-        why = "its condition differs by group of prompts"
     elif edit.decides_on:
         why = f"a file has no place for {edit.decides_on}"
+    elif isinstance(edit.gate, Gate) and edit.gate.bank.rivals is not None:
+        why = "whether its condition's feature is on depends on all features of its TopK SAE"
+    elif isinstance(edit.gate, Gate) and edit.gate.bank.index.keys() != {EVERY_GROUP}:
+        why = "its condition differs by group of prompts"
     if why:
         raise EditError(
             f"edit {index} at {edit.bank.site} cannot be saved by itself: {why}; keep the study "
@@ -286,7 +286,7 @@ def _tensors(edit: FeatureEdit) -> dict[str, Tensor]:
     out = _columns(edit.bank)
     if isinstance(edit.value, Tensor):
         out["value"] = edit.value.detach().cpu().contiguous()
-    if edit.gate is not None:
+    if isinstance(edit.gate, Gate):
         out |= {f"condition.{name}": t for name, t in _columns(edit.gate.bank).items()}
     return out
 

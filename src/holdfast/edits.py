@@ -127,7 +127,7 @@ class FeatureEdit:
     def __post_init__(self) -> None:
         assert self.mode in MODES, self.mode
         assert self.error_scale == 1.0 or self.sae is not None, "scaling the error needs the SAE"
-        assert self.gate is None or self.gate.bank.site == self.bank.site
+        assert self.gate is None or self.gate.site <= self.bank.site
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -65,6 +65,10 @@ class Frame:
             self.prompt_length[rows],
             self.bos[rows],
             self.template[rows],
+            {
+                key: (owner, made[rows.to(made.device)])
+                for key, (owner, made) in self.decided.items()
+            },
         )
 
     def columns(self, columns: slice) -> Frame:

@@ -1,4 +1,7 @@
-"""Gates: where a clamp acts, decided from what its site's features do before it (METHODS A.6)."""
+"""Gates: where a clamp acts, decided from what the residual is before it (METHODS A.6).
+
+A gate reads the clamp's own site, or, where a `Sensor` stands at another, an earlier one.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from holdfast.batch import Frame
 from holdfast.errors import EditError
 from holdfast.positions import selected
 from holdfast.saes.bank import FeatureBank
+from holdfast.sites import Site
 
 
 class Gating(Protocol):
-    """Lets an edit act on some tokens. bank: the features it reads, of the edit's site."""
+    """Lets an edit act on some tokens. site: what it reads; not after the edit's own."""
 
     @property
-    def bank(self) -> FeatureBank: ...
+    def site(self) -> Site: ...
 
     @property
     def decides_on(self) -> str:
@@ -31,7 +35,7 @@ class Gating(Protocol):
         ...
 
     def opens(self, x: Tensor, frame: Frame) -> Tensor:
-        """[b s] bool, read from x [b s d_model] as it is before the edit."""
+        """[b s] bool; x [b s d_model] is the residual as it is before the edit."""
         ...
 
     def to(self, device: torch.device | str) -> Gating: ...
@@ -47,6 +51,10 @@ class Gate:
     bank: FeatureBank
     above: float
     decides_on = ""
+
+    @property
+    def site(self) -> Site:
+        return self.bank.site
 
     @property
     def words(self) -> str:
@@ -73,6 +81,10 @@ class PromptGate:
     share: float
     include_bos: bool = False
     decides_on = "a clamp's condition on the whole prompt"
+
+    @property
+    def site(self) -> Site:
+        return self.bank.site
 
     @property
     def words(self) -> str:
@@ -109,3 +121,71 @@ class PromptGate:
 
     def to(self, device: torch.device | str) -> PromptGate:
         return replace(self, bank=self.bank.to(device))
+
+
+@dataclass(frozen=True)
+class DirectionGate:
+    """Lets an edit act on a whole prompt and what follows it, or on nothing of it.
+
+    It is open if at the prompt's last token the cosine of the residual at `site` with `direction`
+    [d_model] is over `above`, strictly: the condition vector of CAST. The prompt decides, once, as
+    its `Sensor` passes by; edits at later sites ask what was decided.
+    """
+
+    site: Site
+    direction: Tensor
+    above: float
+    decides_on = "a clamp's condition on the prompt's last token"
+
+    @property
+    def words(self) -> str:
+        return (
+            f"on prompts whose last token is at a cosine over {self.above:g} to a direction at "
+            f"{self.site}"
+        )
+
+    def cosines(self, x: Tensor, frame: Frame) -> Tensor:
+        """[b] of x [b s d_model] at the last token of each prompt, in float32 at least."""
+        last = frame.once(self, lambda: frame.positions == frame.prompt_length[:, None] - 1)
+        at = last.int().argmax(1).to(x.device)
+        h = x[torch.arange(len(x), device=x.device), at]
+        h = h if h.dtype == torch.float64 else h.float()
+        unit = (self.direction / self.direction.norm()).to(h)
+        return h @ unit / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
+
+    def decide(self, x: Tensor, frame: Frame) -> None:
+        """Note in the frame of whole prompts whether it is open on each."""
+        frame.decided[id(self)] = (self, (self.cosines(x, frame) > self.above).detach())
+
+    def opens(self, x: Tensor, frame: Frame) -> Tensor:
+        if id(self) not in frame.decided:
+            raise EditError(
+                f"a clamp acts {self.words}, and this pass never saw that token there; begin with "
+                "the whole prompt, with the clamp's sensor on"
+            )
+        decided = frame.decided[id(self)][1].to(x.device)
+        return decided[:, None].expand(frame.positions.shape)
+
+    def to(self, device: torch.device | str) -> DirectionGate:
+        return replace(self, direction=self.direction.to(device))
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """An edit that changes nothing: it lets a gate decide at the site that the gate reads."""
+
+    gate: DirectionGate
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.gate.site,)
+
+    def selects(self, site: Site, frame: Frame) -> Tensor:
+        return frame.positions == frame.prompt_length[:, None] - 1
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        self.gate.decide(x, frame)
+        return x
+
+    def check_fired(self, site: Site, n_fired: int) -> None:
+        """What needs its decision and has none says so."""

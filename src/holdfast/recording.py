@@ -9,8 +9,8 @@ to the device when its blocks ask for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,12 +30,13 @@ from holdfast.subject import Subject
 class _Piece:
     """What the passes over n rows left: calls by block, base [n s d_model] in the suffix columns,
     and what captures read at the perturbed positions, [n p d_model] each: what they read at other
-    tokens is let go of with the piece."""
+    tokens is let go of with the piece. decided: what edits decided on these prompts."""
 
     n: int
     calls: Sequence[Call]
     base: Tensor
     cut: Sequence[Tensor]
+    decided: Mapping[int, tuple[object, Tensor]]
 
 
 def record(
@@ -69,6 +70,12 @@ def record(
             ),
             attached.mark,
         )  # fmt: skip
+    # Of edits below the lowest site, and before it, nothing is run again: what they decided stays.
+    decided = {
+        key: (owner, _cat([piece.decided[key][1] for piece in pieces]))
+        for key, (owner, _) in pieces[0].decided.items()
+    }
+    frame = replace(frame, decided=decided)
     read = dict(zip(map(id, cuts), map(_cat, zip(*(p.cut for p in pieces), strict=True)),
                     strict=True))  # fmt: skip
     cache = kept.cache()
@@ -159,7 +166,8 @@ def _piece(
     calls = reading([(args[1:], kwargs) for args, kwargs in recorded], PrefixCache(()))
     kept.add(above if start else [], n)  # last: a piece that runs out of memory can be done again
     cut = [slots.cut(capture.seen.pop()[1][:n], own) for capture in cuts]
-    return _Piece(n, calls, base.seen.pop()[1][:n], cut)
+    decided = {key: (owner, made[:n]) for key, (owner, made) in frame.decided.items()}
+    return _Piece(n, calls, base.seen.pop()[1][:n], cut, decided)
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

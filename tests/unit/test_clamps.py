@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -21,10 +22,17 @@ from holdfast.discovery import with_scale
 from holdfast.edits import Capture, Edit, FeatureEdit, decided_on_whole
 from holdfast.errors import EditError, FeatureError, PositionError, StudyError
 from holdfast.features import FeatureSet, SiteFeatures
-from holdfast.gates import Gate, PromptGate
+from holdfast.gates import Gate, PromptGate, Sensor
 from holdfast.hooks import apply_edits, attached
 from holdfast.interventions import INTERVENTIONS, InterventionKind
-from holdfast.interventions.clamp import Clamp, Condition, PromptCondition, Scale
+from holdfast.interventions.clamp import (
+    Clamp,
+    Condition,
+    DirectionCondition,
+    Learnt,
+    PromptCondition,
+    Scale,
+)
 from holdfast.interventions.several import Several
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.inputs import Inputs
@@ -32,6 +40,7 @@ from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
 from holdfast.testing import check_edit, random_sae, tiny_batch, tiny_subject
+from holdfast.triggers import triggers
 from tests.unit.test_hooks import full_pass
 
 SITE, LATER = Site(2), Site(3)
@@ -812,6 +821,125 @@ def test_a_condition_on_the_prompt_says_what_it_is(subject: Subject) -> None:
         _saveable(edit, 0)
 
 
+# --- Conditions on the direction of a prompt's last token -----------------------------------------
+
+EARLIER = Site(1)
+
+
+def points(above: float | Learnt, **fields: Any) -> DirectionCondition:
+    return DirectionCondition(cosine_with=7, site=str(EARLIER), above=above, **fields)
+
+
+def cosines_at(subject: Subject, batch: Batch, site: Site = EARLIER) -> Tensor:
+    """[b] of the last prompt tokens with the decoder row of feature 7, one by one."""
+    capture = Capture(site)
+    subject.outputs(batch, (capture,))
+    row = subject.sae(site).full().W_dec[7]
+    return torch.stack(
+        [
+            torch.cosine_similarity(x[batch.positions[i] == batch.prompt_length[i] - 1][0], row, 0)
+            for i, x in enumerate(capture.seen[0][1])
+        ]
+    )
+
+
+def between(cosines: Tensor) -> float:
+    """Over half of them, and at none."""
+    levels = cosines.sort().values
+    return float(levels[len(levels) // 2 - 1 : len(levels) // 2 + 1].mean())
+
+
+def test_a_condition_on_a_direction_opens_over_its_cosine(subject: Subject, batch: Batch) -> None:
+    """On all tokens of a prompt or on none, by what another site is at its last token."""
+    cosines = cosines_at(subject, batch)
+    levels = cosines.sort().values
+    for above in (-1.0, float(levels[:2].mean()), between(cosines), float(levels[-1]) + 1e-3):
+        kind = Clamp(mode="set", value=3.0, condition=points(above))
+        edits = kind.edits(subject, one_site())
+        assert isinstance(edits[0], Sensor) and edits[0].sites == (EARLIER,)
+        before, after = Capture(SITE), Capture(SITE)
+        subject.outputs(batch, (edits[0], before, edits[1], after))
+        changed = (before.seen[0][1] != after.seen[0][1]).any(-1)
+        opened = cosines > above
+        assert torch.equal(changed, opened[:, None] & (batch.positions > 0))
+        plain = Clamp(mode="set", value=3.0).edits(subject, one_site())
+        always, never = subject.outputs(batch, plain), subject.outputs(batch)
+        wanted = torch.where(opened[:, None, None], always, never)
+        torch.testing.assert_close(subject.outputs(batch, edits), wanted, atol=1e-5, rtol=1e-5)
+    assert not opened.any(), "over the largest it is closed for all"
+
+
+def test_a_condition_on_a_direction_at_the_clamped_site_reads_before_the_clamp(
+    subject: Subject, batch: Batch
+) -> None:
+    cosines = cosines_at(subject, batch, SITE)
+    condition = DirectionCondition(cosine_with=7, above=between(cosines))
+    edits = Clamp(mode="set", value=-9.0, condition=condition).edits(subject, one_site((7,)))
+    after = Capture(SITE)
+    subject.outputs(batch, (*edits, after))
+    bare = Capture(SITE)
+    subject.outputs(batch, (bare,))
+    changed = (after.seen[0][1] != bare.seen[0][1]).any(-1).any(-1)
+    assert torch.equal(changed, cosines > between(cosines)) and 0 < changed.sum() < len(batch)
+
+
+@pytest.mark.parametrize("policy", ["all", "generated"])
+def test_cached_generation_keeps_what_the_last_token_decided(
+    subject: Subject, chats: Batch, policy: str
+) -> None:
+    """Decided once, from the prompt; and the same on a plain transformers model."""
+    above = between(cosines_at(subject, chats))
+    kind = Clamp(mode="set", value=-12.0, positions=POLICIES[policy], condition=points(above))
+    edits = kind.edits(subject, one_site())
+    check_cached(subject, chats, edits)
+    opened = cosines_at(subject, chats) > above
+    assert 0 < opened.sum() < len(chats)
+    own, bare = subject.generate(chats, edits, 6), subject.generate(chats, (), 6)
+    width = min(own.shape[1], bare.shape[1])
+    assert torch.equal(own[~opened, :width], bare[~opened, :width]), "where it is closed"
+    with attached(subject.model, edits):
+        made = subject.model.generate(
+            input_ids=chats.tokens, attention_mask=chats.mask, max_new_tokens=6, do_sample=False
+        )[:, chats.tokens.shape[1] :]
+    assert torch.equal(made[:, : own.shape[1]], own)
+
+
+def test_a_cosine_is_learnt_from_prompts_to_be_left_alone(subject: Subject, batch: Batch) -> None:
+    retain = (tiny_batch(subject, 7, seed=5), tiny_batch(subject, 4, seed=6))
+    kind = Clamp(value=-2.0, condition=points(Learnt(percentile=70)))
+    fitted = kind.fitted(subject, one_site(), retain)
+    assert isinstance(fitted, Clamp) and isinstance(fitted.condition, DirectionCondition)
+    cosines = torch.cat([cosines_at(subject, each) for each in retain])
+    expected = np.percentile(cosines.numpy(), 70)
+    assert fitted.condition.above == pytest.approx(expected, abs=1e-6)
+    found = {m.name: m.estimate for m in triggers(
+        subject, fitted.edits(subject, one_site()), {"left": retain[0], "test": batch}
+    )}  # fmt: skip
+    above = fitted.condition.above
+    for name, each in (("left", retain[0]), ("test", batch)):
+        rate = float((cosines_at(subject, each) > above).double().mean())
+        assert found[f"trigger.{name}.prompts"] == pytest.approx(rate)
+    with pytest.raises(StudyError, match="this behavior has none"):
+        kind.fitted(subject, one_site(), ())
+    with pytest.raises(StudyError, match="give what `fitted` returns"):
+        kind.edits(subject, one_site())
+    late = DirectionCondition(cosine_with=7, site=str(SITE), above=0.1)
+    with pytest.raises(StudyError, match="comes after it"):
+        Clamp(value=1.0, condition=late).edits(subject, one_site((1,), EARLIER))
+
+
+def test_a_condition_on_a_direction_says_what_it_is(subject: Subject, batch: Batch) -> None:
+    kind = Clamp(mode="set", value=1.0, condition=points(0.25))
+    assert "whose last token's cosine with feature 7 at blocks.0" in kind.formulas[0]
+    sensor, edit = kind.edits(subject, one_site((1, 5)))
+    assert decided_on_whole((sensor, edit)) == "a clamp's condition on the prompt's last token"
+    with pytest.raises(EditError, match="no place for a clamp's condition on the prompt's last"):
+        _saveable(edit, 1)
+    with pytest.raises(EditError, match="this pass never saw that token"):
+        subject.outputs(batch, (edit,))
+    check_edit(sensor, batch, 32)
+
+
 # --- Positions ------------------------------------------------------------------------------------
 
 SUFFIX = " w38 w39"
@@ -1004,6 +1132,12 @@ def test_every_clamp_is_toml_object_and_json_at_once() -> None:
         {"kind": "clamp", "value": 1.0, "error_term": {"scale": 0.25}},
         {"kind": "clamp", "value": 1.0, "condition": {"feature": 3, "above": 0.5}},
         {"kind": "clamp", "value": 1.0, "condition": {"share": 0.05, "above": 0.5}},
+        {"kind": "clamp", "value": 1.0, "condition": {"cosine_with": 3, "above": -0.5}},
+        {
+            "kind": "clamp",
+            "value": 1.0,
+            "condition": {"cosine_with": 3, "above": {"percentile": 9}, "site": "resid_post.1"},
+        },
         {"kind": "clamp", "value": 1.0, "condition": {"share": 0.05, "features": [3, 4]}},
         {
             "kind": "several",
@@ -1032,6 +1166,7 @@ def test_every_clamp_is_toml_object_and_json_at_once() -> None:
         ({"value": 1.0, "error_term": "half"}, "'drop'"),
         ({"value": 1.0, "condition": {"feature": 1, "above": -0.5}}, "greater than or equal"),
         ({"value": 1.0, "condition": {"share": 1.0}}, "less than 1"),
+        ({"value": 1.0, "condition": {"cosine_with": 3, "above": 1.0}}, "less than 1"),
     ],
 )
 def test_a_clamp_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch
+from holdfast.batching import Batching
 from holdfast.edits import Capture, Edit, FeatureEdit
-from holdfast.gates import PromptGate
+from holdfast.gates import DirectionGate, PromptGate, Sensor
 from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -148,6 +149,70 @@ def test_a_clamp_that_decides_on_the_whole_prompt(
     torch.testing.assert_close(picked, logits[rows], atol=1e-5, rtol=1e-5)
     plain = Replay.record(subject, batch, site, positions, before=(clamp,))
     assert plain.extent == "suffix" and plain.frame.positions.shape[1] < width
+
+
+@pytest.mark.parametrize("clamp_first", [True, False])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_a_clamp_that_an_earlier_site_decides_on(
+    subject: Subject, batch: Batch, clamp: FeatureEdit, reads: int, depth: int, clamp_first: bool
+) -> None:
+    """Where a vector comes after what the gate reads, what was decided stays; where it comes
+    before, it is decided anew."""
+    site, positions = Site(depth), batch.prompt_length[:, None] - 1
+    delta = (3 * torch.randn(len(batch), 1, 32)).requires_grad_()
+    weight = torch.randn(len(batch), subject.model.config.vocab_size)
+    gate = DirectionGate(Site(reads), torch.randn(32), 0.0)
+    added, frame = Added(site, positions, delta), batch.frame()
+    cosines = []
+    for with_it in ((), (added,)):
+        capture = Capture(gate.site)
+        order = (capture, *with_it) if clamp_first else (*with_it, capture)
+        full_pass(subject, batch.tokens, batch.frame(), order)
+        cosines.append(gate.cosines(capture.seen[0][1], frame))
+    row = int((cosines[0] - cosines[1]).abs().argmax())  # one that the vector takes over the edge
+    moved = float((cosines[0] - cosines[1])[row].abs()) > 1e-3
+    edge = float((cosines[0] + cosines[1])[row] / 2) if moved else float(cosines[1].median())
+    gate = replace(gate, above=edge)
+    before, after = (each > gate.above for each in cosines)
+    assert 0 < after.sum() < len(batch)
+    moves = depth < reads or (depth == reads and not clamp_first)
+    assert bool((before != after).any()) == moves, "the vector decides, or it does not"
+
+    edit = replace(clamp, mode="set", value=4.0, gate=gate)
+    clamps = (Sensor(gate), edit)
+    edits = (*clamps, added) if clamp_first else (added, *clamps)
+    logits, gradient = by_full_pass(subject, batch, edits, delta, weight)
+    replay = Replay.record(
+        subject, batch, site, positions,
+        before=clamps if clamp_first else (), after=() if clamp_first else clamps,
+    )  # fmt: skip
+    assert replay.extent == "whole sequence: a clamp's condition on the prompt's last token"
+    again = replay.logits(delta)
+    torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+    gradient_again = torch.autograd.grad((again * weight).sum(), delta)[0]
+    rounding = 1e-5 * float(gradient.abs().max())
+    torch.testing.assert_close(gradient_again, gradient, atol=rounding, rtol=0)
+    rows = torch.tensor([5, 0, 0, 7])
+    picked = replay.rows(rows).logits(delta[rows])
+    torch.testing.assert_close(picked, logits[rows], atol=1e-5, rtol=1e-5)
+    always = by_full_pass(subject, batch, (replace(edit, gate=None), added), delta, weight)[0]
+    if depth < 3:
+        assert not torch.allclose(logits, always, atol=1e-3), "the gate does something"
+
+
+def test_what_was_decided_piece_by_piece_is_kept_for_all_rows(
+    subject: Subject, batch: Batch, clamp: FeatureEdit
+) -> None:
+    gate = DirectionGate(Site(1), torch.randn(32), 0.0)
+    clamps = (Sensor(gate), replace(clamp, mode="set", value=4.0, gate=gate))
+    positions = batch.prompt_length[:, None] - 1
+    few = replace(subject, batching=Batching(3))
+    made = [Replay.record(one, batch, Site(2), positions, before=clamps) for one in (subject, few)]
+    (_, whole), (_, pieces) = (replay.frame.decided[id(gate)] for replay in made)
+    assert torch.equal(whole, pieces) and len(whole) == len(batch) and len(whole.unique()) == 2
+    delta = torch.randn(len(batch), 1, 32)
+    torch.testing.assert_close(made[0].logits(delta), made[1].logits(delta), atol=1e-5, rtol=1e-5)
 
 
 def test_the_prefix_is_never_changed(subject: Subject, batch: Batch, clamp: FeatureEdit) -> None:

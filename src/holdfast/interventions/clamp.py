@@ -15,7 +15,7 @@ from holdfast.config import Config
 from holdfast.edits import Capture, Edit, FeatureEdit
 from holdfast.errors import FeatureError, StudyError
 from holdfast.features import FeatureSet, SiteFeatures
-from holdfast.gates import Gate, PromptGate
+from holdfast.gates import DirectionGate, Gate, PromptGate, Sensor
 from holdfast.interventions import InterventionKind
 from holdfast.positions import Where, selected
 from holdfast.saes.bank import FeatureBank
@@ -123,6 +123,68 @@ class PromptCondition(Config):
         return _bank(subject, clamped.site, self.features) if self.features else clamped
 
 
+class DirectionCondition(Config):
+    """Act on a whole prompt and its answer, or not at all: if at the prompt's last token the cosine
+    of the residual with a direction is over `above` (CAST; METHODS A.6).
+
+    cosine_with: a feature, whose decoder row is the direction, of the SAE at `site`, the clamped
+    one if left out and none after it. `holdfast direction` writes a direction that was found
+    otherwise as an SAE whose feature 0 it is. above: a number, or a percentile of the cosines of
+    the neighbors' fit prompts without the clamp.
+    """
+
+    cosine_with: int = Field(ge=0)
+    site: str | None = None
+    above: Annotated[float, Field(ge=-1, lt=1)] | Learnt
+
+    @property
+    def learns(self) -> bool:
+        return isinstance(self.above, Learnt)
+
+    @property
+    def words(self) -> str:
+        above = f"{self.above:g}" if isinstance(self.above, float) else str(self.above)
+        return (
+            f"on prompts whose last token's cosine with feature {self.cosine_with} at "
+            f"{self.site or 'the clamped site'} exceeds {above}"
+        )
+
+    def gate(self, subject: Subject, clamped: FeatureBank, include_bos: bool) -> DirectionGate:
+        if isinstance(self.above, Learnt):
+            raise StudyError(
+                "the clamp's condition has a threshold to learn; give what `fitted` returns"
+            )
+        return self._gate(subject, clamped, self.above)
+
+    def learnt(
+        self, subject: Subject, clamped: FeatureBank, include_bos: bool, retain: Sequence[Batch]
+    ) -> DirectionCondition:
+        """The same condition with its threshold as a number. Raises StudyError without prompts to
+        be left alone."""
+        assert isinstance(self.above, Learnt)
+        gate, cosines = self._gate(subject, clamped, 0.0), []
+        for batch in retain:
+            read = Capture(gate.site)
+            subject.outputs(batch, (read,))
+            cosines += [c for frame, x in read.seen for c in gate.cosines(x, frame).tolist()]
+        if not cosines:
+            raise StudyError(
+                "the clamp's condition is learnt from the neighbors' fit prompts, and this "
+                "behavior has none; write its threshold as a number"
+            )
+        return self.model_copy(update={"above": self.above.of(cosines)})
+
+    def _gate(self, subject: Subject, clamped: FeatureBank, above: float) -> DirectionGate:
+        site = clamped.site if self.site is None else Site.parse(self.site)
+        if site > clamped.site:
+            raise StudyError(
+                f"the clamp at {clamped.site} has a condition at {site}, which comes after it; "
+                "read the clamped site or one before it"
+            )
+        (row,) = _bank(subject, site, (self.cosine_with,)).W_dec[0]
+        return DirectionGate(site, row, above)
+
+
 class Clamp(InterventionKind):
     """Give features new values at the chosen positions (METHODS A.3).
 
@@ -134,7 +196,7 @@ class Clamp(InterventionKind):
     in, the SAE's own activations, or those it had if its decoder rows had norm 1, which dashboards
     show. features: those to clamp, instead of what discovery
     finds. condition: act only where a feature is on, or only on prompts in which features are on
-    often. error_term: what becomes of `x − D(E(x))`:
+    often or whose last token points in a direction. error_term: what becomes of `x − D(E(x))`:
     keep it, drop it (the clamped reconstruction is passed on), or scale it.
     """
 
@@ -147,7 +209,7 @@ class Clamp(InterventionKind):
     include_bos: bool = False
     units: Literal["activation", "unit_decoder"] = "activation"
     features: tuple[SiteFeatures, ...] = ()
-    condition: Condition | PromptCondition | None = None
+    condition: Condition | PromptCondition | DirectionCondition | None = None
     error_term: Literal["keep", "drop"] | Scale = "keep"
 
     @model_validator(mode="after")
@@ -213,7 +275,9 @@ class Clamp(InterventionKind):
     def fitted(
         self, subject: Subject, features: FeatureSet, retain: Sequence[Batch]
     ) -> InterventionKind:
-        if not isinstance(self.condition, PromptCondition) or not self.condition.learns:
+        if not isinstance(self.condition, PromptCondition | DirectionCondition):
+            return self
+        if not self.condition.learns:
             return self
         if len(features.sites) > 1:
             return self  # which `edits` refuses
@@ -238,7 +302,9 @@ class Clamp(InterventionKind):
                 f"a condition reads a feature of the clamped site, but the features are at "
                 f"{', '.join(map(str, features.sites))}; clamp one site with it"
             )
-        return tuple(self._edit(subject, features, site) for site in features.sites)
+        made = tuple(self._edit(subject, features, site) for site in features.sites)
+        gates = [edit.gate for edit in made]
+        return (*(Sensor(gate) for gate in gates if isinstance(gate, DirectionGate)), *made)
 
     def bare_edits(self, subject: Subject, features: FeatureSet) -> tuple[Edit, ...]:
         if self.error_scale == 1.0:
