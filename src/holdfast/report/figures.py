@@ -34,13 +34,13 @@ CONSTRAINT_COLORS = {
     "unconstrained": "#8a8f98",
     "gradient_projection": "#d98a1f",
     "encoder_null": "#1f8ad2",
-    "feature_hold": "#117733",
-    "jacobian_null": "#332288",
+    "feature_hold": "#2a9d5c",
+    "jacobian_null": "#6f5fd0",
     "jacobian_probes": "#cc6677",
     "feature_floor": "#aa4499",
     "one_sided": "#44aa99",
     "decoder_null": "#999933",
-    "undo_null": "#882255",
+    "undo_null": "#b0447f",
     "random_subspace": "#7a6a53",
 }
 SPARE = ("#4b5563", "#c2772e", "#5e9fa3", "#b56576")
