@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import nan as NAN
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from holdfast import heads
 from holdfast.batch import Batch
 from holdfast.batching import Batching
-from holdfast.direct import Spot, attention, attribute, eager, unreadable
+from holdfast.direct import CONDITIONS, Direct, Spot, attention, attribute, eager, unreadable
 from holdfast.edits import Capture, Edit, Perturbation
 from holdfast.errors import EditError, SubjectError
 from holdfast.frozen import Frozen
@@ -217,3 +221,55 @@ def test_probes_are_not_split() -> None:
     assert unreadable(subject, batch) == ""
     probed = replace(batch, readout=Probes.unfitted(CLAMPED, ("a", "b"), D_MODEL))
     assert "no single logit" in unreadable(subject, probed)
+
+
+# --- Movers ---------------------------------------------------------------------------------------
+
+
+def looked_into(writes: list[float], answer: list[float], rival: list[float]) -> dict[str, Any]:
+    """The row of a model's only head, by what it writes and where it looks in clean prompts."""
+    n = len(writes)
+    clean = torch.tensor(writes, dtype=torch.float64)[:, None, None]
+    nothing = torch.zeros(n, dtype=torch.float64)
+    made = {
+        name: Direct(clean * (name == "clean"), nothing[:, None], {}, nothing, nothing == 0)
+        for name in CONDITIONS
+    }
+    paid = {
+        name: torch.tensor(values, dtype=torch.float64)[:, None, None]
+        for name, values in (("target", answer), ("rival", rival))
+    }
+    batch = SimpleNamespace(clusters=tuple(f"c{i}" for i in range(n)))
+    found: Any = SimpleNamespace(case=SimpleNamespace(batch=batch))
+    (row,) = heads._top(made, dict.fromkeys(CONDITIONS, paid), found)
+    return row
+
+
+def test_attention_is_compared_on_prompts_that_have_both_answers() -> None:
+    """On common prompts the head looks at the rival; those that have one answer alone would turn
+    the two means round."""
+    row = looked_into([1.0] * 6, [0.1, 0.1, 0.9, 0.9, 0.9, NAN], [0.4, 0.4, NAN, NAN, NAN, 0.0])
+    assert row["n_both"] == 2
+    assert row["attends"]["clean"] == {"target": pytest.approx(0.1), "rival": pytest.approx(0.4)}
+    assert not row["mover"]
+    apart = looked_into([1.0] * 4, [0.9, 0.9, NAN, NAN], [NAN, NAN, 0.1, 0.1])
+    assert apart["n_both"] == 0 and not apart["mover"]
+    assert apart["attends"]["clean"] == {"target": None, "rival": None}
+
+
+@pytest.mark.parametrize(
+    "writes, more, mover",
+    [
+        ([1.0, 1.1, 0.9, 1.2, 1.0, 0.8], [0.5, 0.4, 0.6, 0.5, 0.5, 0.4], True),
+        ([9.0, -1.0, -1.0, -1.0, -1.0, -1.0], [0.5, 0.4, 0.6, 0.5, 0.5, 0.4], False),
+        ([1.0, 1.1, 0.9, 1.2, 1.0, 0.8], [0.9, -0.1, -0.1, -0.1, -0.1, -0.1], False),
+        ([-1.0, -1.1, -0.9, -1.2, -1.0, -0.8], [0.5, 0.4, 0.6, 0.5, 0.5, 0.4], False),
+    ],
+)
+def test_a_star_needs_both_intervals_above_0(
+    writes: list[float], more: list[float], mover: bool
+) -> None:
+    row = looked_into(writes, [0.3 + each for each in more], [0.3] * len(more))
+    assert row["mover"] == mover
+    above = row["clean"]["low"] > 0 and row["more"]["low"] > 0
+    assert above == mover and (row["clean"]["estimate"] > 0) == (sum(writes) > 0)

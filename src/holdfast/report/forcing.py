@@ -49,8 +49,8 @@ def section(data: ReportData) -> Section | None:
                 "random": paths.get("random"), "best": best_of(rows, paths["n"]),
                 "fewer": [row for row in rows if row["scored"] and row["n"] < paths["n"]],
                 "as_is": next(row for row in paths["baselines"] if row["name"] == "undo"),
-                "as_is_test": tests_of(paths["baselines"])["undo"],
-                "tells": any(test.tells for test in tests_of(paths["baselines"]).values()),
+                "as_is_test": as_often_as_found(paths["baselines"])["undo"],
+                "tells": any(test.tells for test in as_often_as_found(paths["baselines"]).values()),
                 "n_units": _found(paths)["back"]["n_clusters"],
                 "found": _found(paths),
                 "holds": not point.free and not point.leaks,
@@ -78,7 +78,7 @@ def _rows(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
     every scale; test: that it does as much as the vector found, at the smallest."""
     scales = paths["spec"]["scales"]
     by_name = {row["name"]: row for row in paths["baselines"]}
-    tests = tests_of(paths["baselines"])
+    tests = as_often_as_found(paths["baselines"])
     rows = []
     for name, meaning in MEANINGS.items():
         found = [by_name.get(f"{name} x{scale:g}") for scale in scales]
@@ -108,7 +108,7 @@ def _found(paths: Mapping[str, Any]) -> Mapping[str, Any]:
     return row
 
 
-def tests_of(baselines: Sequence[Mapping[str, Any]]) -> dict[str, Corrected]:
+def as_often_as_found(baselines: Sequence[Mapping[str, Any]]) -> dict[str, Corrected]:
     """Baseline → the test that it brings back as often as the vector found, among all of them."""
     p = [row["p"] if is_number(row["p"]) else nan for row in baselines]
     found = corrected(p, [row["back"]["n_clusters"] for row in baselines])
@@ -154,7 +154,7 @@ def _figure(index: int, audit: AuditData, point: Point, paths: Mapping[str, Any]
         traces.append(
             go.Scatter(
                 x=scales, y=[b["estimate"] for b in back], mode="lines+markers",
-                name="<br>".join(wrap(label_safe(row["meaning"]), 34)),
+                name="<br>".join(wrap(label_safe(row["meaning"]), 40)),
                 line={"color": color, "width": 2, "dash": "solid" if row["inside"] else "dot"},
                 marker={
                     "size": 8,
@@ -173,9 +173,9 @@ def _figure(index: int, audit: AuditData, point: Point, paths: Mapping[str, Any]
         f"Share of {audit.name}'s recovered prompts that each baseline brings back, by its norm",
         traces,
         {
-            "height": 380,
+            "height": 470,
             "margin": {"l": 58, "r": 16, "t": 26, "b": 46},
-            "legend": {"orientation": "v", "x": 1.02, "y": 1},
+            "legend": {"orientation": "v", "x": 1.02, "y": 1, "font": {"size": 11}},
             "xaxis": {
                 "title": {"text": f"norm, times the recovery's under {label_safe(point.label)}"},
                 "type": "log", "tickmode": "array", "tickvals": sorted({1.0, *scales}),

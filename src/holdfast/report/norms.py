@@ -158,7 +158,7 @@ def _strip(index: int, audit: AuditData) -> Figure:
             "xaxis": {
                 "title": {"text": f"smallest norm, share of the residual's (budget {norm(cap)})"},
                 # Where all is far below the budget the axis ends there, or no dot could be told.
-                "range": [0, 1.03 * (cap if longest > cap / 3 else longest) or 1],
+                "range": [0, 1.03 * (longest if 0 < longest < cap / 3 else cap) or 1],
                 "zeroline": False,
             },
             "yaxis": lanes(labels) | {"range": [len(rows) - 0.4, -1.1]},

@@ -36,6 +36,7 @@ ROUTES: Mapping[str, str] = {
     "no mlps": "later attention answers, MLPs add what they did",
     "no patterns": "attention looks where it did, all else answers",
 }
+PATTERNS = {"alone": "", "matched": "/", "without": "."}
 COLORS = {"alone": "#1f8ad2", "matched": "#12a594", "without": "#e8702a"}
 
 
@@ -197,9 +198,10 @@ def _figure(index: int, name: str, rows: list[dict[str, Any]]) -> Figure:
             go.Bar(
                 x=["<br>".join(wrap(r["meaning"], 18)) for r in own],
                 y=[b["estimate"] for b in back], name=meaning,
-                marker={"color": COLORS[key]},
+                marker={"color": COLORS[key], "pattern": {"shape": PATTERNS[key]}},
                 error_y={
-                    "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
+                    "type": "data", "symmetric": False, "thickness": 1.4, "width": 3,
+                    "color": "#808890",
                     "array": [b["high"] - b["estimate"] for b in back],
                     "arrayminus": [b["estimate"] - b["low"] for b in back],
                 },

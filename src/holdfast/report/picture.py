@@ -24,6 +24,9 @@ TOP, BOTTOM = 94, 56
 """Room for the titles and for the axes, in pixels."""
 
 
+ROOM = 26
+"""Characters that an audit's name and a point's have on one line."""
+
 SHAPES = {"none": "l7 9l-7 9l-7 -9z", "wrong_target": "l8 15h-16z"}
 """A median's mark from its top: a diamond, a triangle; read without color."""
 
@@ -148,7 +151,10 @@ def _which(audit: AuditData) -> str:
     if len(audit.headlines) == 1:
         return ""
     at = ", ".join(describe(audit.headlines[0].main.row["point"]))
-    return f"first of {len(audit.headlines)}: {at}"
+    # The verdict stands at the other end of the line.
+    room = max(0, ROOM - len(audit.name))
+    at = at if len(at) <= room else f"{at[: room - 1].rstrip(', ')}…" if room > 6 else ""
+    return f"first of {len(audit.headlines)}" + (f": {at}" if at else "")
 
 
 def _arm(arm: Arm, axis: Axis, y: float) -> dict[str, Any]:

@@ -131,7 +131,12 @@ def _curves(id_: str, sweep: Sweep, order: Sequence[str]) -> Figure:
         f"Recovery, smallest norm, drift and valid prompts of {sweep.audit} along {sweep.name}",
         traces,
         x=(sweep.name, marked),
-        titles=("recovered", "median smallest norm", "median drift", "valid prompts"),
+        titles=(
+            "recovered",
+            "median smallest norm, share of the residual's",
+            "median drift, relative",
+            "valid prompts",
+        ),
         scales=("share", "norm", "drift", "count"),
     )
 
@@ -192,7 +197,8 @@ def _success(id_: str, sweep: Sweep, order: Sequence[str]) -> Figure:
         traces.append(
             go.Scatter(
                 x=xs, y=ys, mode="lines", name=label_safe(line.name),
-                line={"shape": "hv", "color": style["color"], "dash": style["dash"], "width": 2},
+                line={"shape": "hv", "color": style["color"], "width": 2,
+                      "dash": DASHES[index % len(DASHES)]},
                 hovertemplate="%{y:.0%} within %{x:.3f}",
             )
         )  # fmt: skip
@@ -201,7 +207,7 @@ def _success(id_: str, sweep: Sweep, order: Sequence[str]) -> Figure:
         traces.append(
             go.Scatter(
                 x=[x for x, _ in seen], y=[y for _, y in seen], mode="markers", showlegend=False,
-                marker={"color": style["color"], "size": 9, "symbol": "circle-open",
+                marker={"color": style["color"], "size": 9, "symbol": f"{style['symbol']}-open",
                         "line": {"width": 2}},
                 hovertemplate="budget %{x:.3f}: goal reached on %{y:.0%}<extra></extra>",
             )
@@ -236,7 +242,7 @@ def _spread(id_: str, sweep: Sweep) -> Figure:
             traces.append(
                 go.Scatter(
                     x=xs, y=ys, mode="lines", name=label_safe(name),
-                    line={"shape": "hv", "width": 2, "dash": DASHES[index % len(DASHES)],
+                    line={"shape": "hv", "width": 2, "dash": DASHES[(index + place) % len(DASHES)],
                           "color": shade(place, len(line.stops))},
                     hovertemplate="%{y:.0%} within %{x:.3f}",
                 )
@@ -285,13 +291,14 @@ def _pareto(index: int, audit: AuditData, order: Sequence[str]) -> Figure | None
             name="no other point has less drift and more recovery", hoverinfo="skip",
         )
     ]  # fmt: skip
-    for kind in dict.fromkeys(point.constraint for point, _, _ in found):
+    for place, kind in enumerate(dict.fromkeys(point.constraint for point, _, _ in found)):
         own = [entry for entry in found if entry[0].constraint == kind]
         traces.append(
             go.Scatter(
                 x=[x for _, x, _ in own], y=[y for _, _, y in own], mode="markers",
                 name=label_safe(kind), text=[label_safe(point.label) for point, _, _ in own],
                 marker={"color": color_of(kind, CONSTRAINT_COLORS, order), "size": 10,
+                        "symbol": SYMBOLS[place % len(SYMBOLS)],
                         "opacity": 0.75, "line": {"width": 1, "color": "#ffffff"}},
                 hovertemplate="%{text}: %{y:.0%} at drift %{x:.1e}<extra></extra>",
             )

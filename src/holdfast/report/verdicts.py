@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from holdfast.grid import CONSTRAINT
 from holdfast.report.data import AuditData, Point, ReportData
 from holdfast.report.known_answer import findings
 from holdfast.report.section import Section
@@ -75,6 +76,11 @@ def card(audit: AuditData, point: Point) -> dict[str, Any]:
                 and findings(audit, (other,))[0].status == "false breach",
             }
             for other in audit.points
-            if other is not point
+            if other is not point and _elsewhere(other) == _elsewhere(point)
         ],
     }
+
+
+def _elsewhere(point: Point) -> dict[str, Any]:
+    """Where on the grid a point is, whatever its constraint."""
+    return {path: v for path, v in point.main.row["point"].items() if path != CONSTRAINT}
