@@ -61,6 +61,12 @@ class Spot:
     def rows(self, rows: Tensor) -> Spot:
         return Spot(self.back[rows], self.target[rows], self.rival[rows])
 
+    def lead(self, scores: Tensor) -> Tensor:
+        """[n] of the target over this rival; scores as the readout gives them."""
+        own = scores if scores.ndim == 2 else self.cut(scores)
+        pair = own.gather(1, torch.stack([self.target, self.rival], 1))
+        return pair[:, 0] - pair[:, 1]
+
     def cut(self, x: Tensor) -> Tensor:
         """[n ...] of x [n s ...] at the column that is read."""
         return x[torch.arange(len(x), device=x.device), x.shape[1] - self.back.to(x.device)]

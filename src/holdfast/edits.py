@@ -153,6 +153,17 @@ class FeatureEdit:
         # The bank's padding has z = 0 and rows of zeros: what it is given changes nothing.
         return MODES[self.mode](z, value)
 
+    def finds(self, x: Tensor, frame: Frame) -> Tensor:
+        """[b s m] bool: what it finds at the tokens it acts on, false at all others: which of its
+        features are on, of a scaled error which of the SAE's; last, that its gate is open."""
+        on = [self.bank.activations(x, frame) > 0]
+        if self.sae is not None and self.error_scale != 1.0:
+            on.append(self.sae.encode(x.float()) > 0)
+        opens = on[0].new_ones(x.shape[:2]) if self.gate is None else self.gate.opens(x, frame)
+        return (
+            torch.cat([*on, opens[..., None]], -1) & self.selects(self.bank.site, frame)[..., None]
+        )
+
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         z = self.bank.activations(x, frame)
         change = self.bank.decode(self.assigned(z, frame) - z, x, frame)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,11 @@ class Measurement(Config):
     n_unscored: int
     n_clusters: int
     reason: str = ""
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As plain JSON types, for a record."""
+        return self.model_dump(mode="json")
 
 
 def measured(name: str, unit: str, interval: Interval, reason: str) -> Measurement:

@@ -14,7 +14,7 @@ from torch import Tensor
 from holdfast.bounded import Bounded
 from holdfast.parts import EXACT, Split
 from holdfast.subspace import NullSpace
-from holdfast.variants import PathSpec, Recovered, Variant
+from holdfast.variants import PathSpec, Performed, Recovered, Variant
 
 NOBODY, EVERYBODY = "nothing", "all"
 """The variants in which no part, and every part, is added."""
@@ -39,17 +39,23 @@ def parts_of(split: Split, subspaces: Mapping[str, Bounded]) -> dict[str, Tensor
     return {name: found[name] for name in PARTS if name in found}
 
 
-def of_parts(found: Recovered, parts: Mapping[str, Tensor], spec: PathSpec) -> list[Variant]:
-    """Each part as it is, brought to norms in units of the vector's, and left out."""
+def of_parts(found: Recovered, parts: Mapping[str, Tensor]) -> list[Variant]:
+    """Each part as it is, and left out."""
     made = []
     for name, part in parts.items():
         made.append(Variant.whole(name, part))
-        for scale in spec.part_scales:
-            scaled, there = found.scaled(part, scale)
-            reason = "the part is nothing here"
-            made.append(Variant(f"{name} x{scale:g}", (scaled,), there, reason))
         if name not in ("seen", "unseen"):
             made.append(Variant.whole(without(name), found.delta.double() - part))
+    return made
+
+
+def of_norms(found: Recovered, parts: Mapping[str, Tensor], spec: PathSpec) -> list[Variant]:
+    """Each part brought to norms in units of the vector's."""
+    made = []
+    for name, part in parts.items():
+        for scale in spec.part_scales:
+            scaled, there = found.scaled(part, scale)
+            made.append(Variant(f"{name} x{scale:g}", (scaled,), there, "the part is nothing here"))
     return made
 
 
@@ -82,6 +88,12 @@ def _others(found: Recovered) -> tuple[Tensor, Tensor]:
         there.append(bool(own))
     device = found.delta.device
     return torch.as_tensor(rows, device=device), torch.as_tensor(there, device=device)
+
+
+def gained(margin: Tensor, by_name: Mapping[str, Performed]) -> Tensor:
+    """[n] a margin as a share of what the recovery's vector brought back."""
+    nobody, everybody = by_name[NOBODY], by_name[EVERYBODY]
+    return (margin - nobody.margin) / (everybody.margin - nobody.margin)
 
 
 def without(name: str) -> str:

@@ -6,7 +6,7 @@ alone. What still happens goes along the residual stream itself (METHODS F.4).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import Batch
-from holdfast.direct import Spot, eager
-from holdfast.edits import Capture, Edit
+from holdfast.direct import eager
+from holdfast.edits import Edit
 from holdfast.errors import SubjectError
-from holdfast.frozen import Frozen
 from holdfast.hooks import See, tapped
-from holdfast.sites import Site
+from holdfast.measure import median, share
+from holdfast.replays import gained
 from holdfast.subject import Subject
-from holdfast.variants import Recovered
+from holdfast.variants import Performed, Recovered
 
 FROZEN: Mapping[str, tuple[str, ...]] = {
     "direct": ("attends", "mlp"),
@@ -62,6 +62,21 @@ def routes(found: Recovered) -> dict[str, Tensor]:
     most = _rows_at_once(subject, case.batch)
     pieces = subject.batching.over("passes", everyone, margins, most=most)
     return {name: torch.cat([piece[name] for piece in pieces]) for name in FROZEN}
+
+
+def kept_routes(
+    found: Recovered, by_name: Mapping[str, Performed], clusters: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row for each route: what of the margin comes back by it alone."""
+    unit = "share of the margin that the recovery brought back"
+    return [
+        {
+            "name": name,
+            "regained": median("regained", unit, gained(margin, by_name), clusters).plain,
+            "ahead": share("ahead", (margin > 0).double(), clusters).plain,
+        }
+        for name, margin in routes(found).items()
+    ]
 
 
 def _rows_at_once(subject: Subject, batch: Batch) -> int:
@@ -159,32 +174,3 @@ def attend(
     n, h, s, _ = query.shape
     read = weights.reshape(n, value.shape[1], -1, value.shape[2]) @ value
     return read.view(n, h, s, -1).transpose(1, 2).contiguous(), None
-
-
-@dataclass(frozen=True)
-class Lens:
-    """The logit lens: what a vector at the token that is read does to a lead by itself, the final
-    norm's scale as it is under the intervention. at [n q]: which slots are read."""
-
-    frozen: Frozen
-    toward: Tensor
-    at: Tensor
-
-    @classmethod
-    def of(cls, found: Recovered) -> Lens:
-        """For the rival that is strongest under the intervention. Needs logits (`unreadable`)."""
-        case, last = found.case, Capture(Site(found.case.subject.n_blocks))
-        subject, batch = case.subject, case.batch
-        spot = Spot.of(batch, subject.read(batch, (*case.edits, last)))
-        read = spot.cut(batch.positions)
-        final = last.at(batch.ids, read[:, None])[:, 0]
-        norm = subject.family.final_norm_of(subject.model)
-        W = subject.model.get_output_embeddings().weight
-        toward = W[spot.target].double() - W[spot.rival].double()
-        at = (found.positions == read[:, None]).repeat(1, len(found.problem.sites))
-        return cls(Frozen.of(norm, final.to(W.dtype)), toward, at)
-
-    def __call__(self, delta: Tensor) -> Tensor:
-        """[n] change of the lead, in logits before any soft-cap, by vectors [n q d_model]."""
-        there = (delta.double() * self.at[..., None]).sum(1)
-        return (self.frozen(there) * self.toward).sum(-1)

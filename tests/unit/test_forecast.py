@@ -35,7 +35,7 @@ from holdfast.errors import DeviceError, SAEError, StudyError, SubjectError
 from holdfast.executor import Runtime, load_lab
 from holdfast.forecast import Forecast, forecast, forecast_study, on_device, on_gpu, scene_of
 from holdfast.forecast.architecture import Architecture, Block
-from holdfast.forecast.comparing import n_variants
+from holdfast.forecast.comparing import n_pieces, n_variants
 from holdfast.forecast.device import GPUS, gpu, probe
 from holdfast.forecast.memory import memory_of, recorded_row
 from holdfast.forecast.passes import Passes
@@ -47,6 +47,7 @@ from holdfast.forecast.subject import outlined
 from holdfast.objectives.vocabulary import Vocabulary
 from holdfast.paths import follow
 from holdfast.planning import plan, sketch
+from holdfast.predicted import NODES
 from holdfast.problem import Problem
 from holdfast.recovery import RecoverySpec
 from holdfast.replay import Replay
@@ -378,6 +379,8 @@ def test_every_variant_of_a_recovery_is_counted(tmp_path: Path) -> None:
             paper = scene(tmp_path, TINY["llama"](), sets=sets)
             trial = paper.trial.model_copy(update={"paths": spec})
             assert n_variants(replace(paper, trial=trial)) == run
+            foreseen = record["predicted"]["variants"]
+            assert n_pieces(replace(paper, trial=trial)) == len(foreseen)
 
 
 def test_what_is_compared_costs_where_something_is_recovered(paper: Scene) -> None:
@@ -386,7 +389,10 @@ def test_what_is_compared_costs_where_something_is_recovered(paper: Scene) -> No
     trials = [paper.trial.model_copy(update={"paths": spec}) for spec in specs]
     alone, added, routed, whole = (forecast(replace(paper, trial=t), device, []) for t in trials)
     one = paper.passes.full(paper.rows, paper.tokens).flops
-    gradients = 10 * step(paper, paper.rows).flops
+    # Of every vector that is made of the one found: both ends of its way, and its nodes.
+    pieces = n_pieces(added.scene)
+    gradients = (2 + NODES * pieces) * step(paper, paper.rows).flops
+    gradients += (1 + 2 * pieces) * forwards(paper, paper.rows).flops
     # A hundred random directions for their margins, anywhere and inside; the clamp and the vector.
     margins = forwards(paper, paper.rows).flops * 202
     many = one * n_variants(added.scene) + gradients + margins

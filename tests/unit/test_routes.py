@@ -13,8 +13,9 @@ from holdfast.batching import Batching
 from holdfast.controls.none import NoControl
 from holdfast.direct import Spot
 from holdfast.edits import Capture, FeatureEdit, Perturbation
+from holdfast.lens import Lens
 from holdfast.recovery import RecoverySpec
-from holdfast.routes import FROZEN, Lens, routes
+from holdfast.routes import FROZEN, routes
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject

@@ -11,7 +11,7 @@ from holdfast.forecast.work import Stage, Work
 from holdfast.generality import MEANINGS as LENT
 from holdfast.openly import MEANINGS as OPENLY
 from holdfast.parts import EXACT
-from holdfast.predicted import STEPS
+from holdfast.predicted import NODES
 from holdfast.replays import ALONG, PARTS, ROWS
 from holdfast.routes import FROZEN
 
@@ -27,16 +27,29 @@ def n_variants(scene: Scene) -> int:
     kept = [name for name in scaled if exact or not name.endswith("_inside")]
     draws = sum(spec.draws if name.startswith("random") else 1 for name in kept)
     baselines = 2 + draws * len(spec.scales)  # nothing, and the clamp taken back as it is
-    places = [len(scene.sites), min(spec.groups, scene.positions)]
     split = 0
-    if set(scene.sites) <= set(scene.saes):
-        # As it is and at each norm; all but the projection and its rest are also left out.
-        split = len(PARTS) * (2 + len(spec.part_scales)) - 2
+    if _is_split(scene):
+        split = len(PARTS) * len(spec.part_scales)
         split += len(EXACT) + len(SUBSPACES) if spec.likes else 0
-    undone = 2 * len((ROWS, ALONG))  # what of it takes the clamp back, alone and left out
     lent = len(LENT) * len(spec.scales) if spec.orders else 0
+    return lent + baselines + split + n_pieces(scene)
+
+
+def n_pieces(scene: Scene) -> int:
+    """How many of them are the recovery's vector, what is made of it, and what is left without."""
+    spec = scene.trial.paths
+    assert spec is not None
+    # As it is; all but the projection and its rest are also left out.
+    split = 2 * len(PARTS) - 2 if _is_split(scene) else 0
+    undone = 2 * len((ROWS, ALONG))  # what of it takes the clamp back, alone and left out
     # Alone, left out, and up to it where that is something else.
-    return lent + baselines + 1 + split + undone + sum(3 * n - 2 for n in places if n > 1)
+    places = [len(scene.sites), min(spec.groups, scene.positions)]
+    return 1 + split + undone + sum(3 * n - 2 for n in places if n > 1)
+
+
+def _is_split(scene: Scene) -> bool:
+    """Whether there is an SAE at every perturbed site."""
+    return set(scene.sites) <= set(scene.saes)
 
 
 def _n_margins(scene: Scene) -> int:
@@ -59,7 +72,10 @@ def comparing(scene: Scene, clamp: Work, gradient: Work, replayed: Work) -> Stag
     fit = scene.prompts.n["fit"] + scene.prompts.neighbors["fit"]
     # The clamp alone, and what is added to; then the passes that look inside.
     n_inside = 2 + (len(FROZEN) + 3 if spec.routes else 0) + (2 * len(CONDITIONS) + 1) * spec.heads
-    work = each * n_variants(scene) + one * (1 + n_inside) + gradient * (2 + STEPS)
+    work = each * n_variants(scene) + one * (1 + n_inside)
+    # One step inside, the beginning of every way, and its nodes, between two ends without gradient.
+    n = n_pieces(scene)
+    work += gradient * (2 + NODES * n) + replayed * (1 + 2 * n)
     if spec.openly:  # each choice's text in each condition, and what the vector moves
         work += one * (len(OPENLY) * len(LETTERS) + 2)
     if not behavior.answer_tokens:

@@ -13,6 +13,7 @@ from holdfast.report.data import ReportData, is_number
 from holdfast.report.figures import DASHES, Figure, figure, label_safe
 from holdfast.report.forcing import compared
 from holdfast.report.section import Section
+from holdfast.wording import NOTHING
 
 NAMES: Mapping[str, str] = {
     "clamped": "the clamped features",
@@ -37,6 +38,8 @@ ROUTES: Mapping[str, str] = {
     "no patterns": "attention looks where it did, all else answers",
 }
 PATTERNS = {"alone": "", "matched": "/", "without": "."}
+FORESEEN = ("linear", "along")
+NO_SWITCH = "error_unswitched"
 COLORS = {"alone": "#1f8ad2", "matched": "#12a594", "without": "#e8702a"}
 
 
@@ -59,6 +62,7 @@ def section(data: ReportData) -> Section | None:
                 "cosine": _cosine(paths), "likes": _likes(paths),
                 "overlaps": _named(paths.get("overlaps"), DIRECTIONS),
                 "routes": _routes(paths),
+                "predicted": _foreseen(paths),
                 "together": _together(paths),
                 "everything": next(v for v in paths["variants"] if v["name"] == "all"),
             }
@@ -83,6 +87,37 @@ def _likes(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
         for part in paths["parts"]
         if f"{part['name']} of another" in by_name or f"random in {part['name']}" in by_name
     ]
+
+
+def _foreseen(paths: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What was predicted, beside how well; none in records without both predictions."""
+    predicted = paths.get("predicted") or {}
+    if not predicted.keys() >= set(FORESEEN):
+        return None
+    return predicted | {kind: _agreed(predicted[kind]) for kind in FORESEEN}
+
+
+def _agreed(of: Mapping[str, Any]) -> dict[str, Any]:
+    """Agreement in words: a correlation with as many nines as it has, an error of a few hundredths
+    of a percent as that."""
+    r, error, smooth = (of[name]["estimate"] for name in ("correlation", "error", NO_SWITCH))
+    return {
+        **of,
+        "r": NOTHING
+        if r is None
+        else "> 0.9999"
+        if r > 0.9999
+        else f"{r:.{4 if r > 0.99 else 2}f}",
+        "off": _off(error),
+        "off_smooth": None if smooth is None else _off(smooth),
+        "n": of["error"]["n"],
+    }
+
+
+def _off(error: float | None) -> str:
+    if error is None:
+        return NOTHING
+    return "<0.01%" if error < 1e-4 else f"{error:.{0 if error >= 0.1 else 2}%}"
 
 
 def _named(
@@ -113,8 +148,8 @@ def _rows(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
     by_name = {row["name"]: row for row in paths["variants"]}
     lens = {row["name"]: row for row in (paths.get("routes") or {}).get("lens", ())}
     foreseen = {
-        kind: paths["predicted"][kind]["regained"] for kind in ("linear", "integrated")
-    } if paths.get("predicted") else {}  # fmt: skip
+        kind: paths["predicted"][kind]["regained"] for kind in FORESEEN
+    } if _foreseen(paths) else {}  # fmt: skip
     return [
         {
             **part,
