@@ -96,7 +96,8 @@ def dropped_of(setting: Setting, case: Case) -> dict[str, str]:
     for row, example in enumerate(setting.test.ids):
         if not setting.clean[row]:
             seen = "" if setting.observed is None else f": {setting.observed.labels[row]}"
-            dropped[example] = f"the clean model does not show the behavior{seen}"
+            where = " on every prompt of its cluster" if setting.shown[row] else ""
+            dropped[example] = f"the clean model does not show the behavior{where}{seen}"
         elif not setting.suppressed[row]:
             seen = "" if setting.changed is None else f": {setting.changed.labels[row]}"
             dropped[example] = f"the intervention does not suppress it{seen}"
@@ -161,6 +162,7 @@ def result_of(found: Found) -> dict[str, Any]:
         kind = name.partition(".")[0]
         reason = _REASONS.get(kind, regained.unscored)
         measurements.append(median(name, _UNITS[kind], values, clusters, reason))
+    measurements += [rate(f"{name}_rate", hits, clusters) for name, hits in regained.alike.items()]
     measurements += rates_of(setting, case, regained)
     measurements += [*setting.scores, *setting.triggers]
     measurements += by_depth(setting.suppressed_margin[case.rows], recovered, smallest, clusters)

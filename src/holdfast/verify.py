@@ -35,7 +35,8 @@ class Checks:
     _absolute in activation units; _elsewhere: the same at all other tokens, where no constraint
     promises anything; _anchor: at the last token of the prompt, _answer: at the tokens of a forced
     answer, perturbed or not. code_drift: max |Δz_i|, floor_violation: max (z_i of the reference
-    − z_i)₊, in the same units. drift_relative: ‖Δz_S‖ / max(‖z_S‖, τ√|S|·median active value).
+    − z_i)₊, in the same units. drift_relative: ‖Δz_S‖ / max(‖z_S‖, τ√|S|·median active value);
+    code_norm: ‖z_S‖ of the reference, code_fall: ‖(−Δz_S)₊‖, in activation units.
     drift_assigned: ‖z_S − c_S‖ of the recovered state, clamp_mismatch the same of the suppressed
     one (decoder rows overlap, so a clamp does not re-encode to what it set). firings_kept: share of
     the features that fired before the clamp in the reference which still do. displacement: norm of
@@ -68,6 +69,8 @@ class Checks:
     floor_violation: Tensor
     drift_absolute: Tensor
     drift_relative: Tensor
+    code_norm: Tensor
+    code_fall: Tensor
     drift_assigned: Tensor
     clamp_mismatch: Tensor
     firings_kept: Tensor
@@ -159,6 +162,8 @@ def verify(
         floor_violation=total.fallen,
         drift_absolute=total.change.sqrt(),
         drift_relative=total.relative,
+        code_norm=total.size.sqrt(),
+        code_fall=total.fall.sqrt(),
         drift_assigned=total.off_assigned.sqrt(),
         clamp_mismatch=total.mismatch.sqrt(),
         firings_kept=torch.where(fired > 0, kept / fired, nan),
@@ -308,6 +313,7 @@ class _Features:
     code: Tensor
     fallen: Tensor
     change: Tensor
+    fall: Tensor
     size: Tensor
     floor: Tensor
     off_assigned: Tensor
@@ -393,6 +399,7 @@ def _at_site(
         code=(torch.where(valid, (z_rec - z_ref).abs(), 0.0) / scale).amax((1, 2)),
         fallen=(torch.where(valid, (z_ref - z_rec).clamp_min(0), 0.0) / scale).amax((1, 2)),
         change=_square(torch.where(here, z_rec - z_ref, 0.0)),
+        fall=_square(torch.where(here, (z_ref - z_rec).clamp_min(0), 0.0)),
         size=_square(torch.where(here, z_ref, 0.0)),
         floor=floor,
         off_assigned=off,

@@ -28,21 +28,28 @@ class Asking:
     """An instruction line, the question, lettered choices, `Answer:`; the letter comes next.
 
     permutations: at most so many orders of a question's choices. chat: the question is a user turn
-    in the tokenizer's chat template, and the reply begins with `Answer:`.
+    in the tokenizer's chat template, and the reply begins with `Answer:`. whole: a question is
+    asked in all of these orders or not at all.
     """
 
     tokenizer: PreTrainedTokenizerBase
     permutations: int
     instruction: str = INSTRUCTION
     chat: bool = False
+    whole: bool = False
 
     def examples(self, questions: QuestionSet, split: Split, n: int, seed: int) -> list[Example]:
         """At most n prompts: one order of every question, then the next, so that a cut keeps as
-        many questions as it can.
+        many questions as it can; of whole questions at least one.
 
         Raises StudyError if the letters are not one token each.
         """
-        asked = questions.split(split, seed)[:n]
+        if self.whole:
+            n_asked = max(1, n // self.permutations)
+            n = n_asked * self.permutations
+        else:
+            n_asked = n
+        asked = questions.split(split, seed)[:n_asked]
         orders = [_orders(question, seed) for question in asked]
         turns = (
             (question, order[turn])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import (
     BeforeValidator,
     Field,
@@ -16,7 +17,7 @@ from pydantic import (
 from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.behaviors.asking import INSTRUCTION, Asking
-from holdfast.behaviors.knowledge import FORGET, Orders, knowledge
+from holdfast.behaviors.knowledge import FORGET, Orders, knowledge, strictly
 from holdfast.config import nearest
 from holdfast.datasets import DATASETS, Dataset, DatasetKind
 from holdfast.datasets.questions import QuestionSet, questions_of
@@ -28,6 +29,9 @@ from holdfast.readouts.spelled import Spelled
 from holdfast.triggers import OWN
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from holdfast.measure import Measurement
@@ -65,6 +69,8 @@ class MultipleChoice(BehaviorKind):
     the test questions and of the neighbors' in every order of their choices, on the questions that
     the model knows without the intervention (`behaviors/knowledge.py`). spellings: a letter right
     after the cue counts as one after a space, by the larger logit, as SAEBench has it.
+    every_order: ask fewer questions, each in all of its `permutations` orders (one question at
+    least), and audit those that the model knows in all of them, as published (METHODS B).
 
     The questions of the organism's splits are a fixed list, cut from the front: the seed does not
     redraw them.
@@ -82,6 +88,8 @@ class MultipleChoice(BehaviorKind):
     drop_repeats: bool = False
     subsets: bool = False
     spellings: bool = False
+    # Left out of an identity where it changes nothing.
+    every_order: bool = Field(False, exclude_if=lambda value: not value)
 
     @model_validator(mode="before")
     @classmethod
@@ -118,7 +126,9 @@ class MultipleChoice(BehaviorKind):
         by hash, need not be there."""
         self = handler(data)
         if self.source == "organism":
-            of_a_dataset = ("retain", "instruction", "chat", "drop_repeats", "spellings")
+            of_a_dataset = (
+                "retain", "instruction", "chat", "drop_repeats", "spellings", "every_order"
+            )  # fmt: skip
             given = [name for name in of_a_dataset if getattr(self, name)]
             if given:
                 raise ValueError(f"{given[0]} needs a dataset as the source, not 'organism'")
@@ -154,6 +164,12 @@ class MultipleChoice(BehaviorKind):
             for name, questions in self._question_sets().items()
             if name
         }
+
+    def counted(self, clusters: Sequence[str], shown: Tensor) -> Tensor:
+        if not self.every_order:
+            return shown
+        known = strictly(clusters, shown)
+        return torch.as_tensor([each in known for each in clusters], device=shown.device)
 
     def readout(self, subject: Subject) -> Readout:
         if not self.spellings:
@@ -195,7 +211,9 @@ class MultipleChoice(BehaviorKind):
         )
 
     def _asking(self, tokenizer: PreTrainedTokenizerBase) -> Asking:
-        return Asking(tokenizer, self.permutations, self.instruction or "", self.chat)
+        return Asking(
+            tokenizer, self.permutations, self.instruction or "", self.chat, self.every_order
+        )
 
     def _question_sets(self) -> dict[str, QuestionSet]:
         """The source's questions under "", the others under their names.
