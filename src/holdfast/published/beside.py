@@ -22,8 +22,8 @@ from holdfast.trial import Trial
 UNSAID = ("features", "features_of")
 """Coordinates that no study says: how the features were found elsewhere, and on which prompts."""
 
-ATTACK = "attack."
-"""Coordinates of a figure that was made by other means than the audit's own search."""
+ATTACK = ("attack.kind", "attack.weight")
+"""What a figure has to share that was made by other means than the audit's own search."""
 
 
 def _dataset(trial: Trial) -> Any:
@@ -154,22 +154,22 @@ def _rows(own: Side, point: PublishedPoint) -> list[Beside]:
         found = _most_of_one_audit(found)
         values = [read(each) for each in found]
         ours = _pooled(values, [len(each.audited) for each in found], point.pooled == "prompts")
-        unlike = tuple(dict.fromkeys(s for each in found for s in _unlike(each, point.where)))
-        update = {"trial": _names(found), "ours": ours, "unlike": unlike}
+        told = tuple(dict.fromkeys(s for each in found for s in unlike(each, point.where)))
+        update = {"trial": _names(found), "ours": ours, "unlike": told}
         return [bare.model_copy(update=update)]
     rows: dict[tuple[Value, tuple[str, ...]], list[Finished]] = {}
     for each in found:  # what is the same of several trials is said once
-        rows.setdefault((read(each), _unlike(each, point.where)), []).append(each)
+        rows.setdefault((read(each), unlike(each, point.where)), []).append(each)
     return [
         bare.model_copy(
             update={
                 "trial": _names(same),
                 "ours": ours,
                 "difference": _gap(ours, interval),
-                "unlike": unlike,
+                "unlike": told,
             }
         )
-        for (ours, unlike), same in rows.items()
+        for (ours, told), same in rows.items()
     ]
 
 
@@ -215,11 +215,15 @@ def at_point(own: Side, where: Mapping[str, Any]) -> list[Finished]:
 
     A figure that does not depend on the constraint is put beside the one to read first.
     """
-    attempt = any(path.startswith(ATTACK) for path in where)
-    pool = own.attempts if attempt else own.trials
+    pool = _pool(own, where)
     there = [each for each in pool if _is_at(each, pool, where)]
-    fewest = min((len(_unlike(each, where)) for each in there), default=0)
-    return [each for each in there if len(_unlike(each, where)) == fewest]
+    fewest = min((len(unlike(each, where)) for each in there), default=0)
+    return [each for each in there if len(unlike(each, where)) == fewest]
+
+
+def _pool(own: Side, where: Mapping[str, Any]) -> Sequence[Finished]:
+    """What a figure may stand beside: searches, or attempts if it is of one."""
+    return own.attempts if ATTACK[0] in where else own.trials
 
 
 def _is_at(each: Finished, pool: Sequence[Finished], where: Mapping[str, Any]) -> bool:
@@ -233,7 +237,7 @@ def _is_at(each: Finished, pool: Sequence[Finished], where: Mapping[str, Any]) -
             continue
         ours = coordinate(each.trial, path)
         # Another published set is another question; a file may hold any.
-        fixed = path.startswith(ATTACK) or (path == "dataset" and _is_published(each.trial))
+        fixed = path in ATTACK or (path == "dataset" and _is_published(each.trial))
         if (fixed or _varies(audit, path)) and not _same(ours, value):
             return False
     return True
@@ -258,13 +262,13 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _nowhere(own: Side, where: Mapping[str, Any]) -> str:
-    attempt = any(path.startswith(ATTACK) for path in where)
-    pool = own.attempts if attempt else own.trials
-    points = dict.fromkeys(", ".join([e.constraint, *describe(e.point)]) for e in pool)
+    points = dict.fromkeys(
+        ", ".join([each.constraint, *describe(each.point)]) for each in _pool(own, where)
+    )
     return f"no such point in this run, which has {'; '.join(points) or 'no attack beside its own'}"
 
 
-def _unlike(each: Finished, where: Mapping[str, Any]) -> tuple[str, ...]:
+def unlike(each: Finished, where: Mapping[str, Any]) -> tuple[str, ...]:
     """Coordinates of the figure that are not the trial's."""
     out = []
     for path, value in where.items():
