@@ -7,7 +7,7 @@ nothing, so `not_recovered` is said only after the checks of `harder.py`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -112,11 +112,11 @@ class RecoverySpec(Config):
         return self
 
     @property
-    def pace(self) -> tuple[Hashable, ...]:
+    def pace(self) -> tuple[float | str, ...]:
         """How long a search is: what searches that share their steps have in common."""
         return (
             self.steps, self.lr, self.refine_steps, self.refine_lr, self.tolerance, self.doublings,
-            self.schedule,
+            "" if self.schedule is None else self.schedule.model_dump_json(),
         )  # fmt: skip
 
 

@@ -233,6 +233,7 @@ def examples_of(found: SuffixFound) -> list[dict[str, Any]]:
         "norm_relative": found.norm_relative,
         "objective": found.ended.objective,
         "step": found.ended.step,
+        "drift_absolute": found.drifts["drift"].change.sqrt(),
         "code_norm": found.drifts["drift"].size.sqrt(),
         "code_fall": found.drifts["drift"].fall.sqrt(),
         **{f"{name}_relative": drift.relative for name, drift in found.drifts.items()},
