@@ -20,7 +20,8 @@ class Checks:
     _absolute in activation units; _elsewhere: the same at all other tokens, where no constraint
     promises anything; _anchor: at the last token of the prompt, _answer: at the tokens of a forced
     answer, perturbed or not. code_drift: max |Δz_i|, floor_violation: max (z_i of the reference
-    − z_i)₊, in the same units. drift_relative: ‖Δz_S‖ / max(‖z_S‖, τ√|S|·median active value).
+    − z_i)₊, in the same units. drift_relative: ‖Δz_S‖ / max(‖z_S‖, τ√|S|·median active value);
+    code_norm: ‖z_S‖ of the reference, code_fall: ‖(−Δz_S)₊‖, in activation units.
     drift_assigned: ‖z_S − c_S‖ of the recovered state, clamp_mismatch the same of the suppressed
     one (decoder rows overlap, so a clamp does not re-encode to what it set). firings_kept: share of
     the features that fired before the clamp in the reference which still do. displacement: norm of
@@ -55,6 +56,8 @@ class Checks:
     floor_violation: Tensor
     drift_absolute: Tensor
     drift_relative: Tensor
+    code_norm: Tensor
+    code_fall: Tensor
     drift_assigned: Tensor
     clamp_mismatch: Tensor
     firings_kept: Tensor

@@ -148,32 +148,42 @@ class Finished:
 
 @dataclass(frozen=True)
 class Side:
-    """A run for comparing. axes: audit → the paths its grid varies."""
+    """A run for comparing. axes: audit → the paths its grid varies; attempts: what was tried in the
+    prompt, which stands beside published figures alone."""
 
     name: str
     trials: tuple[Finished, ...]
     axes: Mapping[str, frozenset[str]]
+    attempts: tuple[Finished, ...] = ()
 
 
 def read_side(folder: Path) -> Side:
-    """Every finished search of a run, verified. Raises StoreError where there is no run."""
+    """Every finished trial of a run, verified. Raises StoreError where there is no run."""
     store, plan, _ = open_run(folder)
     if not plan.trials:
         raise CompareError(f"{folder} has no finished trial yet; `holdfast run` goes on with it")
-    trials = tuple(
-        Finished(
-            trial=trial,
-            point=plan.points.get(trial.id, {}),
-            result=store.load(trial.id)["result"],
-            audited=tuple(row for row in store.examples(trial.id) if row["outcome"]),
-        )
-        for trial in plan.trials
-        if trial.searches
+    return side_of(
+        str(folder),
+        [
+            Finished(
+                trial=trial,
+                point=plan.points.get(trial.id, {}),
+                result=store.load(trial.id)["result"],
+                audited=tuple(row for row in store.examples(trial.id) if row.get("outcome")),
+            )
+            for trial in plan.trials
+        ],
     )
+
+
+def side_of(name: str, finished: Sequence[Finished]) -> Side:
+    """Searches and attempts apart, and what each audit's grid varies."""
+    trials = tuple(each for each in finished if each.trial.searches)
     axes: dict[str, frozenset[str]] = defaultdict(frozenset)
     for each in trials:
         axes[each.trial.audit] |= frozenset(each.point) - {CONSTRAINT}
-    return Side(str(folder), trials, axes)
+    attempts = tuple(each for each in finished if not each.trial.searches)
+    return Side(name, trials, axes, attempts)
 
 
 def compare(left: Side, right: Side) -> Comparison:

@@ -62,6 +62,7 @@ class Moved:
             preactivation=(self.preactivation / self.scale).amax((1, 2)),
             change=(self.after - self.before).square().sum((1, 2)),
             size=self.before.square().sum((1, 2)),
+            fall=(self.before - self.after).clamp_min(0).square().sum((1, 2)),
             floor=floor,
         )
 
@@ -71,12 +72,14 @@ class Drift:
     """What held features did between two passes, of n prompts (METHODS C.5, Numerics).
 
     preactivation: max |Δp_i| / (‖a_i‖·‖h‖), dimensionless. change, size: ‖Δz_S‖² and ‖z_S‖² of the
-    reference, floor: (τ√|S|·median active value)², in squared activation units, so that sites add.
+    reference, fall: ‖(−Δz_S)₊‖², floor: (τ√|S|·median active value)², in squared activation
+    units, so that sites add.
     """
 
     preactivation: Tensor
     change: Tensor
     size: Tensor
+    fall: Tensor
     floor: Tensor
 
     @classmethod
@@ -99,9 +102,11 @@ class Drift:
         ]
         return cls(
             torch.stack([s.preactivation for s in sites]).amax(0),
-            *(torch.stack(v).sum(0) for v in zip(*((s.change, s.size, s.floor) for s in sites),
-                                                 strict=True)),
-        )  # fmt: skip
+            *(
+                torch.stack([getattr(site, name) for site in sites]).sum(0)
+                for name in ("change", "size", "fall", "floor")
+            ),
+        )
 
     @property
     def relative(self) -> Tensor:

@@ -115,6 +115,7 @@ def result_of(found: Found) -> dict[str, Any]:
         kind = name.partition(".")[0]
         reason = _REASONS.get(kind, regained.unscored)
         measurements.append(median(name, _UNITS[kind], values, clusters, reason))
+    measurements += [rate(f"{name}_rate", hits, clusters) for name, hits in regained.alike.items()]
     measurements += rates_of(setting, case, regained)
     measurements += [*setting.scores, *setting.triggers]
     measurements += by_depth(setting.suppressed_margin[case.rows], recovered, smallest, clusters)

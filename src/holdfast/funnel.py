@@ -48,7 +48,8 @@ def dropped_of(setting: Setting, case: Case) -> dict[str, str]:
     for row, example in enumerate(setting.test.ids):
         if not setting.clean[row]:
             seen = "" if setting.observed is None else f": {setting.observed.labels[row]}"
-            dropped[example] = f"the clean model does not show the behavior{seen}"
+            where = " on every prompt of its cluster" if setting.shown[row] else ""
+            dropped[example] = f"the clean model does not show the behavior{where}{seen}"
         elif not setting.suppressed[row]:
             seen = "" if setting.changed is None else f": {setting.changed.labels[row]}"
             dropped[example] = f"the intervention does not suppress it{seen}"

@@ -22,8 +22,8 @@ class HeldFeatures:
     """Per prompt, and norms as their squares, so that sites add up; the fields that `Checks` has
     are described there.
 
-    preactivation, change, size, floor: as of `Drift`; slots, eligible, reactivated, mass, highest:
-    as of `Reactivation`. absolute, elsewhere, anchor, answer: of the pre-activations too.
+    preactivation, change, size, fall, floor: as of `Drift`; slots, eligible, reactivated, mass,
+    highest: as of `Reactivation`. absolute, elsewhere, anchor, answer: of the pre-activations too.
     closeness: the gate margin, negated. fallen: floor violation. fired, still: features that fired
     before the clamp in the reference, and which of them still do; displaced, displaced_now: what
     the clamp adds in either pass. read_size, read_up, read_down: of the codes where the answer is
@@ -33,6 +33,7 @@ class HeldFeatures:
     preactivation: Tensor
     change: Tensor
     size: Tensor
+    fall: Tensor
     floor: Tensor
     absolute: Tensor
     elsewhere: Tensor

@@ -16,7 +16,10 @@ SENTENCES: dict[Outcome, str] = {
         "nothing found over 3 learning rates x 3 seeds, nor warm from the looser constraint where "
         "there is one, and twice the steps from where these came furthest changed nothing"
     ),
-    "undecided": "nothing found, but longer searches were still finding more when they stopped",
+    "undecided": (
+        "nothing found, but longer searches were still finding more when they stopped, or the "
+        "search was one of fixed steps, which is not made again from elsewhere"
+    ),
     "infeasible": "the held features leave no direction to search in",
     "diverged": "the search met NaN or infinite values",
 }

@@ -25,6 +25,8 @@ from holdfast.objectives.margin import Margin
 from holdfast.outcome import SENTENCES, Best, Outcome, summary_of
 from holdfast.positions import Where
 from holdfast.problem import Problem
+from holdfast.schedule import Schedule
+from holdfast.scheduled import follow
 from holdfast.shrinking import shrink
 from holdfast.stack import Search, Stack
 
@@ -78,6 +80,8 @@ class RecoverySpec(Config):
     step as a share of the budget. refine_steps: steps of a bisection round, refine_lr: the norm of
     its first step as a share of the round's ball. tolerance: relative width at which the smallest
     norm is known. doublings: how often the steps are doubled before the answer is `undecided`.
+    schedule: search by these stages in place of all that, as a published search did; the norm that
+    is reported as the smallest is then the one they ended at.
     """
 
     order: Literal["clamp_then_perturbation", "perturbation_then_clamp"] = "clamp_then_perturbation"
@@ -92,12 +96,31 @@ class RecoverySpec(Config):
     refine_lr: float = Field(0.5, gt=0)
     tolerance: float = Field(0.005, gt=0, lt=1)
     doublings: int = Field(2, ge=1)
+    # Left out of an identity where it changes nothing.
+    schedule: Annotated[Schedule | None, LATER] = None
+
+    @model_validator(mode="after")
+    def _can_be_staged(self) -> RecoverySpec:
+        stages = self.schedule.stages if self.schedule is not None else ()
+        if any(stage.at == "answer" for stage in stages) and not self.perturb.answer:
+            raise ValueError(
+                'a stage at = "answer" needs positions of the answer: set perturb.answer'
+            )
+        if any(stage.at != "all" for stage in stages) and self.constraint.exact:
+            raise ValueError(
+                f"stages of some positions leave the others where they are, and "
+                f"{self.constraint.kind} keeps its promise for all of them together: use at = "
+                '"all", or a constraint that promises nothing (unconstrained, '
+                "gradient_projection, jacobian_probes)"
+            )
+        return self
 
     @property
-    def pace(self) -> tuple[float, ...]:
+    def pace(self) -> tuple[float | str, ...]:
         """How long a search is: what searches that share their steps have in common."""
         return (
             self.steps, self.lr, self.refine_steps, self.refine_lr, self.tolerance, self.doublings,
+            "" if self.schedule is None else self.schedule.model_dump_json(),
         )  # fmt: skip
 
 
@@ -147,7 +170,12 @@ def recover_together(problem: Problem, searches: Sequence[Search]) -> list[Recov
     trace: Trace = []
     dimension = feasible.dimension
     todo = torch.arange(len(problem), device=device)[dimension > 0]
-    if len(todo):
+    if len(todo) and stack.spec.schedule is not None:
+        follow(stack, stack.spec.schedule, todo, best, trace)
+        back = best.rows_with("recovered")
+        reached = back[best.margin[back] >= problem.goal[back]]
+        smallest[reached] = best.delta[reached].norm(dim=(1, 2))
+    elif len(todo):
         _first_attempt(stack, todo, best, trace)
         failed = best.rows_with("undecided")
         if len(failed):

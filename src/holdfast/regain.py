@@ -19,6 +19,7 @@ from holdfast.checks import Checks
 from holdfast.controls import Case
 from holdfast.edits import Edit, Perturbation, in_order
 from holdfast.embedding import likeness
+from holdfast.judges.alike import BASE_LIKE, STRICT, alike
 from holdfast.judges.writing import foreign_share
 from holdfast.likelihood import nll
 from holdfast.problem import Problem
@@ -33,13 +34,15 @@ class Regained:
     same tokens without it; NaN where nothing was generated. counted [n] bool: no held feature was
     overtaken, without which no judge's word counts. seen: the judged replies, if any. measured,
     where the audited behavior itself was searched in the audited subject: name → [n], see
-    `_measured`."""
+    `_measured`. alike: rule → [n] bool, likewise: the behavior is back, and the reply like the
+    clean answer by a published rule."""
 
     recovered: Tensor
     drift: Tensor
     counted: Tensor
     seen: Observation | None = None
     measured: Mapping[str, Tensor] = field(default_factory=dict)
+    alike: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -87,8 +90,30 @@ def regain(
     seen = setting.behavior.read_again(case.subject, seen, references)
     # A twin's replies are no more likely or faithful by another subject's clean answers.
     own = case.subject is setting.subject
-    measured = _measured(setting, case, edits, seen) if own else {}
-    return Regained(back & counted, drift, counted, seen, measured)
+    if not own:
+        return Regained(back & counted, drift, counted, seen)
+    return Regained(
+        back & counted, drift, counted, seen, _measured(setting, case, edits, seen),
+        alike_by_rule(setting, case, seen),
+    )  # fmt: skip
+
+
+RULES = {"base_like": BASE_LIKE, "strict": STRICT}
+
+
+def alike_by_rule(setting: Setting, case: Case, seen: Observation) -> dict[str, Tensor]:
+    """Rule → [n] bool: the reply shows the behavior and is like the prompt's clean answer."""
+    assert setting.observed is not None
+    clean = [setting.observed.replies[row].text for row in case.rows.tolist()]
+    replies = [reply.text for reply in seen.replies]
+    return {
+        name: seen.shows
+        & torch.as_tensor(
+            [alike(*texts, rule) for texts in zip(replies, clean, strict=True)],
+            dtype=torch.bool, device=seen.shows.device,
+        )
+        for name, rule in RULES.items()
+    }  # fmt: skip
 
 
 def _measured(

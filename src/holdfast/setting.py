@@ -108,9 +108,16 @@ class Setting:
         )
 
     @cached_property
-    def clean(self) -> Tensor:
+    def shown(self) -> Tensor:
         """[n] bool: the behavior is there without the intervention."""
         return self.clean_margin > 0 if self.observed is None else self.observed.shows
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """[n] bool: the same, of prompts that the behavior takes as clean."""
+        if self.behavior is None:
+            return self.shown
+        return self.behavior.counted(self.test.clusters, self.shown)
 
     @cached_property
     def suppressed(self) -> Tensor:

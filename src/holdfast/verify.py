@@ -144,6 +144,8 @@ def _checks(
         floor_violation=total.fallen,
         drift_absolute=total.change.sqrt(),
         drift_relative=total.relative,
+        code_norm=total.size.sqrt(),
+        code_fall=total.fall.sqrt(),
         drift_assigned=total.off_assigned.sqrt(),
         clamp_mismatch=total.mismatch.sqrt(),
         firings_kept=torch.where(total.fired > 0, total.still / total.fired, nan),

@@ -7,6 +7,7 @@ files. Everything else of the study file stays as it is, but for smaller numbers
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from torch import Tensor
 from holdfast.behaviors.english import NAMES, TEMPLATES
 from holdfast.edits import Capture
 from holdfast.planning import plan
+from holdfast.published.beside import Beside, PublishedComparison
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.store import RunFolder
-from holdfast.study import bundled_names, parse, read_text
+from holdfast.study import bundled, bundled_names, parse, read_text
 from holdfast.subject import Subject
 from holdfast.testing import fitted_sae
-from tests.e2e.cli import holdfast
+from tests.e2e.cli import holdfast, write
 
 pytestmark = pytest.mark.e2e
 
@@ -125,6 +127,32 @@ def write_res_jb(path: Path, sae: SAE) -> None:
               path / "sae_weights.safetensors")  # fmt: skip
 
 
+def only(study: str, audit: str, tmp_path: Path) -> Path:
+    """The bundled study with one of its audits."""
+    tables = tomllib.loads(bundled(study))
+    tables["audits"] = [each for each in tables["audits"] if each["name"] == audit]
+    assert len(tables["audits"]) == 1
+    return write(tmp_path / f"{study}.toml", tables)
+
+
+def beside(run: Path, name: str, tmp_path: Path) -> list[Beside]:
+    """The rows that the command puts a run beside."""
+    out = tmp_path / f"{name}.json"
+    said = holdfast("compare", run, f"published:{name}", "--out", out)
+    assert said.code == 0, said.err
+    (found,) = json.loads(out.read_text())["comparisons"]
+    return list(PublishedComparison.model_validate(found).rows)
+
+
+def unfilled(rows: Sequence[Beside]) -> dict[str, str]:
+    """Measure → what is said of a published figure that has no value beside it."""
+    return {
+        row.measure: " ".join(row.unlike)
+        for row in rows
+        if row.ours is None or row.ours.estimate is None
+    }
+
+
 def overrides(model: Path, sae: Path, *more: str) -> list[str]:
     source = f'subject.saes.0.source={{kind="folder", path="{sae}"}}'
     every = [f'subject.model="{model}"', source, *FEWER, *more]
@@ -134,11 +162,16 @@ def overrides(model: Path, sae: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_ioi_on_gpt2(gpt2: tuple[Path, Path], tmp_path: Path) -> None:
     model, sae = gpt2
-    sets = overrides(model, sae, "audits.0.behavior.n_names=6", "audits.0.discovery.n_features=12")
+    sets = overrides(
+        model, sae, "audits.0.behavior.n_names=6", "audits.0.discovery.n_features=12",
+        "audits.1.behavior.n_names=10", "audits.1.discovery.n_features=12",
+        "audits.1.data={fit=30, tune=1, test=16}",
+        'audits.1.grid."recovery.schedule"=[{stages=[{steps=8, lr=0.1}]}]',
+    )  # fmt: skip
     said = holdfast("run", "gpt2-small-ioi", "--out", tmp_path / "run", *sets)
     assert said.code == 0, said.err
     run = RunFolder.read(tmp_path / "run")
-    rows = run.summary()["trials"]
+    rows = [row for row in run.summary()["trials"] if row["audit"] == "ioi"]
     assert [row["control"] for row in rows] == ["none", "wrong_target", "no_clamp"]
     main = rows[0]
     assert main["n_valid"] > 0 and main["preactivation_drift_max"] < 1e-6
@@ -146,6 +179,16 @@ def test_ioi_on_gpt2(gpt2: tuple[Path, Path], tmp_path: Path) -> None:
     assert record["result"]["checks"]["guarantee"] == "exact"
     assert record["trial"]["subject"]["prepend_bos"] is True
     assert "/" not in json.dumps(record["trial"]["subject"]), "an identity holds no path"
+
+    found = beside(tmp_path / "run", "ioi", tmp_path)
+    assert len(found) == 18 and not unfilled(found)
+    for each in found:
+        assert each.trial.startswith("published, "), "and not the audit of all templates"
+        differs = {told.partition(":")[0] for told in each.unlike}
+        assert differs <= {"n_features", "data.test", "recovery.schedule.stages.0.steps"}, differs
+    own = [row for row in run.summary()["trials"] if row["audit"] == "published"]
+    asked = {row["id"].split(":")[3] for row in run.examples(own[0]["id"])}
+    assert asked == {"BABA"}
 
 
 def test_without_bos_or_without_centering_gpt2_is_not_audited(
@@ -252,7 +295,8 @@ def test_wmdp_on_gemma_2(
         "audits.0.discovery.n_features=12", "audits.0.discovery.retain_threshold=1.0",
         *letters,
     )  # fmt: skip
-    said = holdfast("run", "gemma-2-2b-it-wmdp", "--out", tmp_path / "run", *sets)
+    study = only("gemma-2-2b-it-wmdp", "wmdp-bio", tmp_path)
+    said = holdfast("run", study, "--out", tmp_path / "run", *sets)
     assert said.code == 0, said.err
     run = RunFolder.read(tmp_path / "run")
     main = run.summary()["trials"][0]
@@ -265,6 +309,49 @@ def test_wmdp_on_gemma_2(
     assert record["trial"]["subject"]["attention"] == "eager"
     assert len(record["trial"]["behavior"]["source"]["sha256"]) == 64
     assert len(record["result"]["readout"].get("spellings", [])) == (4 if len(letters) > 1 else 0)
+
+
+@pytest.mark.slow
+def test_wmdp_as_published_on_gemma_2(
+    gemma: tuple[Path, Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    """Every figure has a value beside it, at its own budget; a random model knows no question in
+    all orders, so which of them are audited is left to another test."""
+    model, sae, files = gemma
+    features = [{"site": "blocks.3.hook_resid_post", "ids": list(range(0, 64, 2))}]
+    listed = tmp_path / "features.json"
+    listed.write_text(json.dumps(features))
+    sets = overrides(
+        model, sae,
+        f'audits.0.behavior.source={{kind="file", path="{files["wmdp"]}"}}',
+        "audits.0.behavior.every_order=false", "audits.0.intervention.value=-200.0",
+        f'audits.0.discovery.file="{listed}"', "audits.0.data={fit=24, tune=1, test=72}",
+        'audits.0.grid."recovery.budget"=[{absolute=5.0}, {absolute=20.0}]',
+        'audits.0.grid."recovery.schedule"=[{stages=[{steps=6, lr=0.08}]}]',
+        'audits.0.attacks=[{kind="soft_suffix", n_tokens=3, steps=4, placeholder="!"}]',
+    )  # fmt: skip
+    study = only("gemma-2-2b-it-wmdp", "published", tmp_path)
+    said = holdfast("run", study, "--out", tmp_path / "run", *sets)
+    assert said.code == 0, said.err
+    found = beside(tmp_path / "run", "wmdp", tmp_path)
+    apart = [row for row in found if row.label.endswith((" 2", " 10"))]
+    assert len(found) == 24 and len(apart) == 8
+    assert unfilled(apart).keys() == {"recovery_rate", "drift_absolute_mean"}
+    assert all("no such point" in told for told in unfilled(apart).values())
+    rest = [row for row in found if row not in apart]
+    # 32 features that are off have no scale by which a drift could be relative.
+    assert set(unfilled(rest)) <= {"drift_relative_mean"}
+    for each in rest:
+        attacked = each.label == "suffix (OABD)"
+        assert ("soft_suffix" in each.trial) == attacked
+    run = RunFolder.read(tmp_path / "run")
+    own = [row for row in run.summary()["trials"] if row["control"] == "none"]
+    by_budget = {row["point"].get("recovery.budget", {}).get("absolute"): row for row in own
+                 if row["constraint"] == "unconstrained"}  # fmt: skip
+    made = {budget: run.examples(row["id"]) for budget, row in by_budget.items()}
+    for budget in (5.0, 20.0):
+        norms = [row["norm"] for row in made[budget] if row["outcome"]]
+        assert norms and max(norms) <= budget * 1.01
 
 
 def write_corpus(path: Path, about: str) -> Path:
@@ -438,7 +525,8 @@ def test_tpp_on_gemma_2(gemma_base: tuple[Path, Path, Path], tmp_path: Path) -> 
         model, sae, f'audits.0.behavior.source={{kind="file", path="{lives}"}}',
         'grid."discovery.n_features"=[4, 12]', "audits.0.behavior.penalties=[0.01, 1.0]",
     )  # fmt: skip
-    said = holdfast("run", "gemma-2-2b-tpp", "--out", tmp_path / "run", *sets)
+    study = only("gemma-2-2b-tpp", "bias-in-bios", tmp_path)
+    said = holdfast("run", study, "--out", tmp_path / "run", *sets)
     assert said.code == 0, said.err
     run = RunFolder.read(tmp_path / "run")
     rows = [row for row in run.summary()["trials"] if row["control"] == "none"]
@@ -455,3 +543,65 @@ def test_tpp_on_gemma_2(gemma_base: tuple[Path, Path, Path], tmp_path: Path) -> 
         assert len(record["trial"]["behavior"]["source"]["sha256"]) == 64
     page = (tmp_path / "run" / "report.html").read_text()
     assert "tpp.unintended" in page and "is geometry" in page
+
+
+def write_reviews(path: Path, n: int) -> Path:
+    """Invented reviews in the columns of the Amazon set, n of each category and rating."""
+    from holdfast.datasets.labelled import PRESETS
+
+    rows = [
+        {"text": f"Rated {'well' if rating == 5 else 'badly'}: {i} {COLORS[k]} {COLORS[k]} kettle "
+                 f"for a {SUBJECTS[i % len(SUBJECTS)]}.", "category": int(value), "rating": rating}
+        for k, value in enumerate(PRESETS["amazon_reviews"].classes.values())
+        for rating in (1, 5) for i in range(n)
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.slow
+def test_tpp_as_published_on_gemma_2(gemma_base: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Classes of two of the four sets: figures of a set are beside the mean over its classes."""
+    model, sae, lives = gemma_base
+    reviews = write_reviews(tmp_path / "reviews.jsonl", 40)
+    local = {"bias_in_bios_1": lives, "amazon_reviews": reviews}
+    variants = {"dentist": "bias_in_bios_1", "attorney": "bias_in_bios_1",
+                "instruments": "amazon_reviews"}  # fmt: skip
+    tables = tomllib.loads(bundled("gemma-2-2b-tpp"))
+    assert len(tables["variants"]) == 20
+    sets = overrides(
+        model, sae, f'audits.0.behavior.source={{kind="file", path="{lives}"}}',
+        "audits.0.discovery.n_features=12", "audits.0.data={fit=24, tune=24, test=16}",
+        f"audits.0.grid.variant={json.dumps(list(variants))}",
+        'audits.0.grid."recovery.constraint.kind"=["unconstrained", "gradient_projection"]',
+    )  # fmt: skip
+    for name, preset in variants.items():
+        at = f"variants.{name}.behavior"
+        assert tables["variants"][name]["behavior"]["preset"] == preset
+        sets += ["--set", f'{at}.source={{kind="file", path="{local[preset]}"}}',
+                 "--set", f"{at}.penalties=[0.01]"]  # fmt: skip
+    for name in set(tables["variants"]) - set(variants):
+        del tables["variants"][name]
+    tables["audits"] = [each for each in tables["audits"] if each["name"] == "published"]
+    study = write(tmp_path / "study.toml", tables)
+    said = holdfast("run", study, "--out", tmp_path / "run", *sets)
+    assert said.code == 0, said.err
+    found = beside(tmp_path / "run", "tpp", tmp_path)
+    filled = [row for row in found if row.ours is not None]
+    assert len(found) == 70
+    run = RunFolder.read(tmp_path / "run")
+    rates = {(row["point"]["variant"], row["constraint"]): row["recovery_rate"]
+             for row in run.summary()["trials"]}  # fmt: skip
+    one = next(row for row in filled if row.label == "Bios 1, none")
+    assert one.measure == "recovery_rate" and one.trial.endswith("and 1 more")
+    mean = (rates["dentist", "unconstrained"] + rates["attorney", "unconstrained"]) / 2
+    assert one.ours is not None and one.ours.estimate == pytest.approx(mean)
+    whole = next(row for row in filled if row.label == "all, unweighted, none")
+    every = [rates[name, "unconstrained"] for name in variants]
+    assert whole.ours is not None and whole.ours.estimate == pytest.approx(sum(every) / 3)
+    score = next(row for row in filled if row.measure == "score.tpp.intended")
+    assert score.label == "Musical_Instruments" and score.ours is not None
+    assert score.ours.estimate is not None
+    for row in found:
+        other = row.label.startswith(("Bios 2", "Bios 3", "journalist", "surgeon"))
+        assert (row.ours is None) == other, row.label

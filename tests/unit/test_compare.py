@@ -288,7 +288,7 @@ def test_a_figure_meets_the_run_at_its_own_point() -> None:
         {"where": where, "k": 12, "n": 24},
         {"where": where | {"discovery.n_features": 5}},
         {"where": where | {"constraint": "unconstrained"}},
-        {"where": {"attack": "suffix"}},
+        {"where": {"attack.kind": "soft_suffix"}},
         {"where": where, "measure": "drift_mixed_mean"},
         {"where": where, "measure": "drift_absolute_mean", "estimate": 2.0},
         {"where": where, "measure": "zero_reactivation_rate", "k": 12, "n": 24},
@@ -303,7 +303,7 @@ def test_a_figure_meets_the_run_at_its_own_point() -> None:
     assert matched.unlike == ("recovery.steps: 100 here, 150",)
     reasons = [" ".join(row.unlike) for row in rows[1:5]]
     for reason, words in zip(
-        reasons, ("no such point.*n_features=4", "no such point", "another attack: suffix",
+        reasons, ("no such point.*n_features=4", "no such point", "no attack beside its own",
                   "not measured"), strict=True
     ):  # fmt: skip
         assert re.search(words, reason), reason
@@ -326,9 +326,80 @@ def test_a_page_of_published_figures_says_what_they_are_of() -> None:
 def test_every_measure_can_be_read_of_a_run() -> None:
     each = finished([True] * 5)
     for name, read in MEASURES.items():
-        assert read(each).n in (0, 5), name
+        assert read(each).n in (0, 5, 9), name
     assert MEASURES["clean_margin_mean"](each).estimate == 3.0
     assert MEASURES["drift_relative_mean"](each).estimate is None, "unscored is no zero"
+
+
+def test_what_is_read_from_records_is_what_it_is_called() -> None:
+    """Each against its definition, on numbers made up here."""
+    plain = finished([True, True, False, True])
+    rows = [dict(row) | {"drift_relative": drift, "norm": 3.0 * i, "norm_relative": 0.1 * i,
+                         "code_norm": size, "code_fall": 0.5 * i}
+            for i, (row, drift, size) in enumerate(
+                zip(plain.audited, (0.01, 0.03, 0.2, None), (2.0, 4.0, 0.0, 8.0), strict=True))
+            ]  # fmt: skip
+    labels = {
+        "suppressed": {"comply": 3, "full_refusal": 5, "degenerate": 2},
+        "recovered": {"comply": 1, "full_refusal": 1, "partial": 1, "moralize_deflect": 1},
+    }
+    result = dict(plain.result) | {
+        "labels": labels, "funnel": {"stages": {"tried": 10, "valid": 4}}, "checks": {},
+    }  # fmt: skip
+    refusal = {"kind": "refusal", "direction": "comply"}
+    told = plain.trial.model_dump(mode="json") | {"behavior": refusal}
+    comply = Finished(type(plain.trial).model_validate(told), {}, result, tuple(rows))
+    told = told | {"behavior": refusal | {"direction": "refuse"}}
+    refuse = Finished(type(plain.trial).model_validate(told), {}, result, tuple(rows))
+    expected = {
+        "suppressed_rate": (5 / 10, 10), "valid_rate": (4 / 10, 10), "unrefused_rate": (1 / 4, 4),
+        "drift_within_003_rate": (2 / 3, 3), "drift_relative_max": (0.2, 3),
+        "norm_absolute_mean": (4.5, 4), "norm_relative_mean": (0.15, 4),
+        "norm_over_codes_mean": ((0 / 2 + 3 / 4 + 9 / 8) / 3, 3),
+        "floor_violation_mean": ((0 / 2 + 0.5 / 4 + 1.5 / 8) / 3, 3),
+        "floor_violation_median": (0.125, 3),
+    }  # fmt: skip
+    for name, (estimate, n) in expected.items():
+        value = MEASURES[name](comply)
+        assert (value.estimate, value.n) == (pytest.approx(estimate), n), name
+    assert MEASURES["suppressed_rate"](refuse).estimate == pytest.approx(3 / 10)
+    assert MEASURES["suppressed_rate"](plain).estimate is None, "nothing is read from text"
+    assert MEASURES["base_like_rate"](comply).estimate is None, "unmeasured is no zero"
+
+
+def test_a_figure_over_several_trials_is_beside_their_mean() -> None:
+    at = [{"recovery.steps": steps} for steps in (50, 100)]
+    few = finished([True] * 10 + [False] * 10, point=at[0], steps=50)
+    many = finished([True] * 10 + [False] * 30, point=at[1], steps=100)
+    another = finished([True] * 20, audit="mcq", behavior={"kind": "ioi"})
+    where = {"constraint": "encoder_null"}
+    alike, by_prompts = (
+        beside(side(few, many, another), published({"where": where, "pooled": how})).rows
+        for how in ("trials", "prompts")
+    )
+    for rows, mean in ((alike, (0.5 + 0.25) / 2), (by_prompts, 20 / 60)):
+        (row,) = rows
+        assert row.trial == "ioi, encoder_null, steps=50; and 1 more", "of the audit with most"
+        assert row.ours is not None and row.ours.n == 60
+        assert row.ours.estimate == pytest.approx(mean) and row.difference is None
+
+
+def test_a_figure_is_beside_the_trials_that_are_most_like_it() -> None:
+    near, far = (finished([True] * 5, audit=name, behavior={"kind": "ioi"}, steps=steps)
+                 for name, steps in (("ioi", 150), ("mcq", 20)))  # fmt: skip
+    where = {"constraint": "encoder_null", "recovery.steps": 150, "recovery.lr": 0.9}
+    (row,) = beside(side(far, near), published({"where": where})).rows
+    assert row.trial.startswith("ioi, ") and row.unlike == ("recovery.lr: 0.1 here, 0.9",)
+    (alone,) = beside(side(far), published({"where": where})).rows
+    assert len(alone.unlike) == 2, "where there is none nearer"
+
+
+def test_a_reason_stands_in_place_of_a_trial() -> None:
+    (row,) = beside(side(finished([True] * 3)), published({"reason": "measures nothing"})).rows
+    assert row.ours is None and row.unlike == ("measures nothing",)
+    words = {"features": "by cosine"}
+    (row,) = beside(side(finished([True] * 3)), published({"where": words})).rows
+    assert row.ours is not None and row.unlike == ("features: by cosine",)
 
 
 def test_figures_about_another_behavior() -> None:

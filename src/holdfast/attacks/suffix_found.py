@@ -27,6 +27,7 @@ from holdfast.funnel import dropped_of, funnel_of
 from holdfast.measure import Measurement, median, rate, rate_where
 from holdfast.problem import Problem
 from holdfast.prompt_rows import prompt_of
+from holdfast.regain import alike_by_rule
 from holdfast.setting import Setting
 from holdfast.sites import Site
 
@@ -57,6 +58,11 @@ class SuffixFound:
     def recovered(self) -> Tensor:
         """[n] bool: the search brought it back, and the placeholder alone does not."""
         return self.seen.shows & ~self.alone
+
+    @property
+    def alike(self) -> dict[str, Tensor]:
+        """Rule → [n] bool, where text is judged: like the clean answer by a published rule."""
+        return alike_by_rule(self.setting, self.case, self.seen) if self.seen.replies else {}
 
     @property
     def norm_relative(self) -> Tensor:
@@ -178,6 +184,10 @@ def _measurements(found: SuffixFound) -> list[Measurement]:
         rate_where("recovery_rate", found.recovered, ~found.alone, clusters, ALONE),
         rate("placeholder_rate", found.alone, clusters),
         rate("without_clamp_rate", found.without.shows, clusters),
+        *(
+            rate_where(f"{name}_rate", hits, ~found.alone, clusters, ALONE)
+            for name, hits in found.alike.items()
+        ),
         median("norm_relative", "share of the placeholder's norm", found.norm_relative, clusters),
         *(
             median(f"{name}_relative", RELATIVE_UNIT, drift.relative, clusters, NO_SCALE)
@@ -220,6 +230,9 @@ def examples_of(found: SuffixFound) -> list[dict[str, Any]]:
         "norm_relative": found.norm_relative,
         "objective": found.ended.objective,
         "step": found.ended.step,
+        "drift_absolute": found.drifts["drift"].change.sqrt(),
+        "code_norm": found.drifts["drift"].size.sqrt(),
+        "code_fall": found.drifts["drift"].fall.sqrt(),
         **{f"{name}_relative": drift.relative for name, drift in found.drifts.items()},
         **{f"{name}_preactivation": drift.preactivation for name, drift in found.drifts.items()},
     }

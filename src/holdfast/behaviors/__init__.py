@@ -74,6 +74,11 @@ class BehaviorKind(Kind):
         """Kinds of control that say nothing about this behavior → why."""
         return {}
 
+    def counted(self, clusters: Sequence[str], shown: Tensor) -> Tensor:
+        """[n] bool: the prompts that count as clean, of those that show the behavior without the
+        intervention, shown [n] bool."""
+        return shown
+
     def readout(self, subject: Subject) -> Readout:
         """How its answers are read; what has to be fitted first knows its answers' names only."""
         return LOGITS

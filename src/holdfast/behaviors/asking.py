@@ -31,7 +31,8 @@ class Asking:
 
     permutations: at most so many orders of a question's choices. chat: the question is a user turn
     in the tokenizer's chat template, and the reply begins with the cue. cue: a letter follows it
-    after a space, but right after it where it ends in an opening bracket ("Answer: (").
+    after a space, but right after it where it ends in an opening bracket ("Answer: ("). whole: a
+    question is asked in all of these orders or not at all.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ class Asking:
     instruction: str = INSTRUCTION
     chat: bool = False
     cue: str = CUE
+    whole: bool = False
 
     @property
     def _gap(self) -> str:
@@ -47,11 +49,16 @@ class Asking:
 
     def examples(self, questions: QuestionSet, split: Split, n: int, seed: int) -> list[Example]:
         """At most n prompts: one order of every question, then the next, so that a cut keeps as
-        many questions as it can.
+        many questions as it can; of whole questions at least one.
 
         Raises StudyError if the letters are not one token each.
         """
-        asked = questions.split(split, seed)[:n]
+        if self.whole:
+            n_asked = max(1, n // self.permutations)
+            n = n_asked * self.permutations
+        else:
+            n_asked = n
+        asked = questions.split(split, seed)[:n_asked]
         orders = [_orders(question, seed) for question in asked]
         turns = (
             (question, order[turn])

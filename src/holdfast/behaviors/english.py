@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from holdfast.behaviors.continuation import as_one_token
 from holdfast.canonical import digest
@@ -60,7 +60,8 @@ TEMPLATES: tuple[str, ...] = (
     "At the {place}, {a} had an argument with {b}, but in the end {s} sent the {object} to",
     "On Sundays {a} played chess with {b} near the {place}; this time {s} brought the {object} to",
 )
-ORDERS = ("ABBA", "BABA")
+Order = Literal["ABBA", "BABA"]
+ORDERS: tuple[Order, ...] = ("ABBA", "BABA")
 MIN_NAMES = 6
 PER_NAME = 3
 """Fewest fit prompts a name may have: features can be fitted for each name."""
@@ -129,7 +130,12 @@ def prompt(io: str, s: str, template: int, order: str, names: Sequence[str]) -> 
 
 
 def prompts(
-    names: Sequence[str], split: Split, n: int, seed: int, templates: Sequence[int]
+    names: Sequence[str],
+    split: Split,
+    n: int,
+    seed: int,
+    templates: Sequence[int],
+    orders: Sequence[Order] = ORDERS,
 ) -> list[IoiPrompt]:
     """n prompts in which the names take turns as the indirect object, ABBA and BABA too.
 
@@ -151,15 +157,15 @@ def prompts(
         random.Random(f"{seed}:{split}:{order}:{io}").shuffle(asked)
         return (prompt(io, s, template, order, names) for s, template in asked)
 
-    made = {(io, order): turns(io, order) for io in names for order in ORDERS}
-    possible = 2 * len(ORDERS) * len(templates) * len(name_pairs(names, split))
+    made = {(io, order): turns(io, order) for io in names for order in orders}
+    possible = 2 * len(orders) * len(templates) * len(name_pairs(names, split))
     if n > possible:
         raise StudyError(
             f"asked for {n} prompts of split {split!r}, but {len(names)} names and "
             f"{len(templates)} templates make {possible}; raise n_names or ask for fewer"
         )
     return [
-        next(made[io, ORDERS[(turn + place) % 2]])
+        next(made[io, orders[(turn + place) % len(orders)]])
         for turn, (place, io) in itertools.islice(
             ((turn, each) for turn in itertools.count() for each in enumerate(names)), n
         )

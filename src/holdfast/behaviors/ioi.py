@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split, english
+from holdfast.config import LATER
 from holdfast.errors import StudyError
 from holdfast.organism import corpus
 from holdfast.organism.world import IOI_TEMPLATES
@@ -31,7 +32,8 @@ class IOI(BehaviorKind):
     source: whose names and templates: `organism` is the invented language's; `english` takes first
     names that are one token of the subject's tokenizer, whichever it has. n_names: how many of
     those, drawn by the seed; each takes its turn as the indirect object in every split. templates:
-    indices, or all of them, ABBA and BABA alike. Prompts are grouped by indirect object, so that
+    indices, or all of them; orders: the name that is repeated comes second (ABBA) or first (BABA),
+    of the english ones. Prompts are grouped by indirect object, so that
     features can be fitted for each name on other prompts; their cluster is the pair of names.
     """
 
@@ -39,6 +41,9 @@ class IOI(BehaviorKind):
     source: Literal["organism", "english"] = "organism"
     templates: Literal["all"] | tuple[int, ...] = Field("all")
     n_names: int | None = Field(None, ge=english.MIN_NAMES, le=len(english.NAMES))
+    orders: Annotated[tuple[Literal["ABBA", "BABA"], ...], LATER] = Field(
+        english.ORDERS, min_length=1
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -58,6 +63,10 @@ class IOI(BehaviorKind):
             )
         if self.source == "organism" and self.n_names is not None:
             raise ValueError('n_names needs source = "english": the organism has its own names')
+        if len(set(self.orders)) < len(self.orders):
+            raise ValueError(f"orders are different ones, got {', '.join(self.orders)}")
+        if self.source == "organism" and self.orders != english.ORDERS:
+            raise ValueError('orders needs source = "english": the organism is asked in both')
         return self
 
     def _templates(self) -> tuple[int, ...]:
@@ -73,7 +82,7 @@ class IOI(BehaviorKind):
             names = english.choose_names(
                 tokenizer, self._templates(), self.n_names or N_NAMES, seed
             )
-            prompts = english.prompts(list(names), split, n, seed, self._templates())
+            prompts = english.prompts(list(names), split, n, seed, self._templates(), self.orders)
             return [_example(prompt, names) for prompt in prompts]
         except (ValueError, StudyError) as error:
             raise StudyError(f"ioi: {error}") from None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import (
     BeforeValidator,
     Field,
@@ -18,7 +19,7 @@ from pydantic import (
 from holdfast.batch import Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.behaviors.asking import CUE, INSTRUCTION, Asking
-from holdfast.behaviors.knowledge import FORGET, Orders, knowledge
+from holdfast.behaviors.knowledge import FORGET, Orders, knowledge, strictly
 from holdfast.behaviors.open_question import OpenQuestion
 from holdfast.config import IDENTITY, LATER, nearest
 from holdfast.datasets import DATASETS, Dataset, DatasetKind
@@ -31,6 +32,9 @@ from holdfast.readouts.spelled import Spelled
 from holdfast.triggers import OWN
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from holdfast.measure import Measurement
@@ -70,6 +74,8 @@ class MultipleChoice(BehaviorKind):
     after the cue counts as one after a space, by the larger logit, as SAEBench has it. cue: what
     the prompt, or with `chat` the begun reply, ends with: `Answer:` if left out. The letter follows
     after a space, but right after an opening bracket (`Answer: (`, which SAEBench asks with).
+    every_order: ask fewer questions, each in all of its `permutations` orders (one question at
+    least), and audit those that the model knows in all of them, as published (METHODS B).
 
     The questions of the organism's splits are a fixed list, cut from the front: the seed does not
     redraw them.
@@ -88,6 +94,7 @@ class MultipleChoice(BehaviorKind):
     subsets: bool = False
     spellings: Annotated[bool, LATER] = False
     cue: Annotated[str | None, LATER] = None
+    every_order: Annotated[bool, LATER] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -134,7 +141,9 @@ class MultipleChoice(BehaviorKind):
         by hash, need not be there."""
         self = handler(data)
         if self.source == "organism":
-            of_a_dataset = ("retain", "instruction", "chat", "drop_repeats", "spellings", "cue")
+            of_a_dataset = (
+                "retain", "instruction", "chat", "drop_repeats", "spellings", "cue", "every_order"
+            )  # fmt: skip
             given = [name for name in of_a_dataset if getattr(self, name)]
             if given:
                 raise ValueError(f"{given[0]} needs a dataset as the source, not 'organism'")
@@ -170,6 +179,12 @@ class MultipleChoice(BehaviorKind):
             for name, questions in self._question_sets().items()
             if name
         }
+
+    def counted(self, clusters: Sequence[str], shown: Tensor) -> Tensor:
+        if not self.every_order:
+            return shown
+        known = strictly(clusters, shown)
+        return torch.as_tensor([each in known for each in clusters], device=shown.device)
 
     def readout(self, subject: Subject) -> Readout:
         if not self.spellings:
@@ -225,7 +240,10 @@ class MultipleChoice(BehaviorKind):
 
     def _asking(self, tokenizer: PreTrainedTokenizerBase) -> Asking:
         assert self.cue is not None
-        return Asking(tokenizer, self.permutations, self.instruction or "", self.chat, self.cue)
+        return Asking(
+            tokenizer, self.permutations, self.instruction or "", self.chat, self.cue,
+            self.every_order,
+        )  # fmt: skip
 
     def _question_sets(self) -> dict[str, QuestionSet]:
         """The source's questions under "", the others under their names.

@@ -54,8 +54,10 @@ class Probed:
             codes = self._codes(leaf)
             moved = torch.cat([z.flatten(1) for z in self._moved(codes)], 1)  # [n M]
             drift = self._drift(codes)
+        # A slot without a gradient is not searched now, and no unknown of the Jacobian's.
+        searched = gradient.ne(0).any(2, keepdim=True)
         rows = [
-            torch.autograd.grad(moved, leaf, probe, retain_graph=True)[0].flatten(1)
+            (searched * torch.autograd.grad(moved, leaf, probe, retain_graph=True)[0]).flatten(1)
             for probe in self._probes(moved.detach(), at.step)
         ]
         direction = gradient.flatten(1)
@@ -137,11 +139,11 @@ class JacobianProbes(ConstraintKind):
     clipped; and `correction_steps` of plain gradient descent on the drift follow. The defaults are
     the published values.
 
-    Where the search differs from the published one: the objective is the study's margin, Adam's
-    steps are a share of the budget, and a search ends where the margin is reached, at the smallest
-    norm. The published rule keeps, of every tenth iterate, the best one with a drift below .03, or
-    the best trade of the two if there is none, as in 23 of its 24 runs. A search here has no such
-    choice to make, so `verify`'s drift says what an iterate is worth.
+    The search around it is the study's: by default one for the smallest norm, whose steps are a
+    share of the budget, up the margin. The published one, two stages of Adam with a rule for which
+    iterate is kept, is `recovery.schedule` (the study gemma-2-2b-it-refusal states it). Adapted
+    even so: the last prompt token is monitored beside the answer's, and the objective lacks the
+    small terms that hold discouraged openings down (`objectives/prefixes.py`).
     """
 
     kind: Literal["jacobian_probes"] = "jacobian_probes"

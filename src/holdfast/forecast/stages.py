@@ -87,6 +87,9 @@ def recording(scene: Scene) -> Stage:
 def searching(scene: Scene) -> Stage:
     """The first attempt and the bisection, or the first attempt and the harder search."""
     spec = scene.search
+    if spec.schedule is not None:
+        fixed = _steps(scene, spec.schedule.steps + 1, scene.rows)
+        return Stage("search", fixed, fixed)
     first = spec.steps + 1
     refine = scene.rounds * (spec.refine_steps + 1)
     least = _steps(scene, first + refine, scene.rows * LIVE, at_least=True)

@@ -22,6 +22,7 @@ OBJECTIVES = Registry(
         "mean_margin": "holdfast.objectives.mean_margin:MeanMargin",
         "cross_entropy": "holdfast.objectives.cross_entropy:CrossEntropy",
         "vocabulary": "holdfast.objectives.vocabulary:Vocabulary",
+        "prefixes": "holdfast.objectives.prefixes:Prefixes",
     },
 )
 

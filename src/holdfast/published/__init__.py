@@ -6,7 +6,7 @@ They are of other models, prompts and searches than a run's; `compare` says so b
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -20,10 +20,13 @@ PREFIX = "published:"
 class PublishedPoint(Config):
     """One figure.
 
-    label: what its source calls it. where: its coordinates, a trial's dotted paths or `constraint`
-    (in this project's names) or words of its own (`dataset`, `attack`). measure: what it is, by the
-    name this project has for it where it has one. low, high: the published interval; k of n for a
-    share. note: what a reader must know before using it.
+    label: what its source calls it. where: its coordinates, a trial's dotted paths in this
+    project's names, or those of `beside.COORDINATES`, or what no study says (`beside.UNSAID`).
+    measure: what it is, by the name this project has for it where it has one. low, high: the
+    published interval; k of n for a share. pooled: the figure is a mean over several of a run's
+    trials, which count alike (`trials`) or by their valid prompts (`prompts`). note: what a reader
+    must know before using it. reason: why no run of this tool has such a figure, for those that
+    none can have.
     """
 
     label: str = Field(min_length=1)
@@ -34,7 +37,9 @@ class PublishedPoint(Config):
     high: float | None = None
     k: int | None = Field(None, ge=0)
     n: int | None = Field(None, ge=0)
+    pooled: Literal["", "trials", "prompts"] = ""
     note: str = ""
+    reason: str = ""
 
     @model_validator(mode="after")
     def _fits_together(self) -> PublishedPoint:
