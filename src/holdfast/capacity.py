@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -38,6 +40,12 @@ def available_bytes() -> float:
         cached = _table(CGROUP / "memory.stat", " ").get("inactive_file", 0)
         free = min(free, max(0.0, limit - used + cached))
     return free
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has held in memory so far, interpreter and libraries included."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def number(file: Path) -> float | None:

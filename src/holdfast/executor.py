@@ -22,6 +22,7 @@ import torch
 from holdfast.attacks import TrialResult
 from holdfast.batching import MOST, Batching, Sizes
 from holdfast.canonical import digest
+from holdfast.capacity import peak_resident_bytes
 from holdfast.errors import DeviceError, EmptyValidSetError
 from holdfast.planning import Plan
 from holdfast.stacked import Together
@@ -59,8 +60,8 @@ class Done:
     """A trial that ended. result: what it found, or that no prompt was left to search; seconds:
     what it took, of what was done for its stack at once its share; stack: whom it was run with,
     itself among them; unprepared: settings that it had to prepare first; peak_bytes: the most that
-    its stack held until then on a CUDA device, None on the CPU, where trials share their memory
-    with all else; begun_with: rows at once when its stack began; batch_plan: as `Batching.plan` has
+    its stack held until then on CUDA devices; on the CPU, where trials share their memory with all
+    else, the most that the process has; begun_with: rows at once when its stack began; batch_plan: as `Batching.plan` has
     it, at its end, with the ids of its stack.
     """
 
@@ -71,7 +72,7 @@ class Done:
     threads: int
     stack: tuple[Trial, ...]
     unprepared: tuple[SubjectIdentity, ...] = ()
-    peak_bytes: int | None = None
+    peak_bytes: int = 0
     begun_with: Sizes = MOST
     batch_plan: Mapping[str, Any] = field(default_factory=dict)
 
@@ -201,7 +202,9 @@ def _run(stack: Together, lab: Lab) -> Iterator[Done]:
         torch.cuda.reset_peak_memory_stats(device)
     begun_with = lab.batching.sizes
     for ended in run_trials(stack.trials, lab, stack.ballast):
-        peak = sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None
+        peak = (
+            sum(map(torch.cuda.max_memory_allocated, devices)) if devices else peak_resident_bytes()
+        )
         yield Done(
             ended.trial, ended.result, started, round(ended.seconds, 3), torch.get_num_threads(),
             stack.trials, unprepared[ended.trial.id], peak, begun_with,

@@ -204,6 +204,7 @@ def _write(
             "started": done.started,
             "seconds": done.seconds,
             "peak_memory_bytes": done.peak_bytes,
+            "peak_memory_of": "the devices" if runtime.device != "cpu" else "the process so far",
             "forecast": outlook.of(done),
             "device": runtime.device,
             "threads": done.threads,

@@ -798,12 +798,13 @@ def test_a_record_holds_forecast_and_measured_beside_each_other(tmp_path: Path) 
     (record,) = (tmp_path / "run" / "trials").glob("*/record.json")
     run = json.loads(record.read_text())["run"]
     seen = run["forecast"]
-    assert run["seconds"] > 0 and run["peak_memory_bytes"] is None
+    assert run["seconds"] > 0 and run["peak_memory_of"] == "the process so far"
+    assert seen["memory_bytes"] < run["peak_memory_bytes"] < 1e11, "with all that Python loads"
     assert 0 < seen["seconds_if_found"][0] < seen["seconds_if_not_found"][1]
     assert seen["flops_if_found"] < seen["flops_if_not_found"]
     assert seen["prompts"]["test"] == 16 and seen["prompts_counted"]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "forecast if all is found" in page
+    assert "forecast if all is found" in page and "peak of the process so far" in page
 
 
 # --- Searched together ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.report.data import ReportData
 from holdfast.report.section import Section
 from holdfast.strict_json import json_safe
-from holdfast.wording import arm_name, power
+from holdfast.wording import NOTHING, arm_name, power
 
 
 def section(data: ReportData) -> Section:
@@ -36,6 +36,7 @@ def section(data: ReportData) -> Section:
         "n_trials": len(runs),
         "seconds": sum(run["seconds"] for run in runs),
         "foreseen": any(_foreseen(run, "if_found") for run in runs),
+        "peak_of": " or ".join(_different(run.get("peak_memory_of", "a device") for run in runs)),
         "started": min((run["started"] for run in runs), default=""),
         "subjects": list(subjects.values()),
         "trials": [
@@ -45,6 +46,8 @@ def section(data: ReportData) -> Section:
                 "run": arm.record["run"],
                 "if_found": _foreseen(arm.record["run"], "if_found"),
                 "if_not_found": _foreseen(arm.record["run"], "if_not_found"),
+                "memory": _bytes(arm.record["run"].get("forecast", {}).get("memory_bytes")),
+                "peak": _bytes(arm.record["run"].get("peak_memory_bytes")),
             }
             for arm in data.arms
         ],
@@ -66,6 +69,10 @@ def _foreseen(run: dict[str, Any], case: str) -> str:
     """Seconds as they were forecast for a case; nothing where they were not."""
     least, most = run.get("forecast", {}).get(f"seconds_{case}", (None, None))
     return "" if least is None else f"{power(least)} to {power(most)}"
+
+
+def _bytes(value: float | None) -> str:
+    return NOTHING if value is None else f"{power(value / 1e9)} GB"
 
 
 def _different(values: Iterable[Any]) -> list[str]:
