@@ -1,5 +1,5 @@
-"""`holdfast demo` audits the shipped organism within five minutes and 3 GB of memory, refusal in both
-directions under all of its constraints within two.
+"""`holdfast demo` audits the shipped organism within five minutes and 3 GB of memory, and refusal
+in both directions under all of its constraints within two of them.
 
 The whole command in a new folder, from start to report; then the same command again, which finds
 every trial stored and only prints and writes the report anew.
@@ -19,8 +19,8 @@ SECONDS = 300.0
 GIGABYTES = 3.0
 REFUSAL = ("induced_refusal", "removed_refusal")
 REFUSAL_SECONDS = 120.0
-"""Of both audits with all constraints, controls and comparisons: the seconds that their trials took,
-over the trials that ran side by side."""
+"""Of both audits with all constraints, controls and comparisons: the seconds that their trials
+took, over the trials that ran side by side."""
 WORKERS = min(os.cpu_count() or 1, 4)
 
 

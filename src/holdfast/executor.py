@@ -61,8 +61,8 @@ class Done:
     what it took, of what was done for its stack at once its share; stack: whom it was run with,
     itself among them; unprepared: settings that it had to prepare first; peak_bytes: the most that
     its stack held until then on CUDA devices; on the CPU, where trials share their memory with all
-    else, the most that the process has; begun_with: rows at once when its stack began; batch_plan: as `Batching.plan` has
-    it, at its end, with the ids of its stack.
+    else, the most that the process has; begun_with: rows at once when its stack began; batch_plan:
+    as `Batching.plan` has it, at its end, with the ids of its stack.
     """
 
     trial: Trial
