@@ -133,9 +133,9 @@ def _of_runs(made: Comparison) -> Table:
             "every prompt is its own); in brackets after Holm's correction for all rows here. None "
             "where even full disagreement of so many independent prompts would not reach "
             f"{SIGNIFICANT:g}.",
-            "norm: median smallest norm, relative to the residual (not by half: half of the prompts "
-            "or more were never reached); ÷: median paired ratio, a goal "
-            "never reached counting as infinitely far. drift: largest of a pre-activation.",
+            "norm: median smallest norm, relative to the residual (not by half: half of the "
+            "prompts or more were never reached); ÷: median paired ratio, a goal never reached "
+            "counting as infinitely far. drift: largest of a pre-activation.",
         ),
     )  # fmt: skip
 
