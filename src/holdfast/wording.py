@@ -181,7 +181,7 @@ def too_few(n: int) -> str:
 
 
 def _small(p: float) -> str:
-    return "<0.001" if p < 0.001 else ">0.999" if 0.9995 <= p < 1 else f"{p:.3g}"
+    return "<0.001" if p < 0.001 else ">0.999" if 0.9995 <= p < 1 else f"{p:.3f}" if p < 1 else "1"
 
 
 # --- Parts ----------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_too_few_prompts_have_no_p_value(n: int, tells: bool) -> None:
     (row,) = table.rows
     assert "notes" not in table.columns and len(row) == len(table.columns)
     assert (f"too few prompts to tell (n = {n})" in row) == (not tells)
-    assert ("0.0312 (0.0312)" in row) == tells
+    assert ("0.031 (0.031)" in row) == tells
 
 
 def test_clusters_are_what_is_counted() -> None:
