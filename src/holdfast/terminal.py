@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 LEVEL = {"error": "bold red", "fault": "bold red", "caution": "yellow"}
 
 
-def console() -> Console:
-    # In a log there is no terminal to ask for its width; 80 columns would fold every table.
+def console(width: int = 132) -> Console:
+    """width: in a log, where there is no terminal to ask, and 80 columns would fold every table."""
     out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=132)
+    return out if out.is_terminal else Console(highlight=False, width=width)
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def separation(rule: VerdictRule, control: str, audit: Rows, other: Rows) -> Sep
         separated=bool(separated),
         sentence=(
             f"{control.replace('_', ' ')}: {text}, dearer on {percent(dearer.estimate)} of "
-            f"{dearer.n} prompts"
+            f"{dearer.n} prompt{'s' if dearer.n != 1 else ''}"
         ),
     )
 

@@ -112,6 +112,10 @@ def percent_range(low: float | None, high: float | None) -> str:
     return _range(percent, low, high)
 
 
+def points_range(low: float | None, high: float | None) -> str:
+    return _range(points, low, high)
+
+
 def power_range(low: float | None, high: float | None) -> str:
     return _range(power, low, high)
 
@@ -128,7 +132,9 @@ def norm_range(low: float | None, high: float | None) -> str:
 
 
 def share(low: float | None, estimate: float | None, high: float | None) -> str:
-    """A rate with its interval, where it has both."""
+    """A rate with its interval; of nothing, no interval either."""
+    if not _measured(estimate):
+        return NOTHING
     return f"{percent(estimate)} {percent_range(low, high)}".strip()
 
 
@@ -175,7 +181,7 @@ def too_few(n: int) -> str:
 
 
 def _small(p: float) -> str:
-    return "<0.001" if p < 0.001 else ">0.999" if 0.9995 <= p < 1 else f"{p:.3g}"
+    return "<0.001" if p < 0.001 else ">0.999" if 0.9995 <= p < 1 else f"{p:.3f}" if p < 1 else "1"
 
 
 # --- Parts ----------------------------------------------------------------------------------------

@@ -56,6 +56,16 @@ def test_every_audit_has_an_answer_before_anything_else(data: ReportData, page: 
     assert all(page.count(f'id="{target}"') == 1 for target in targets)
 
 
+def test_the_guide_has_the_pages_words() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "reading-the-report.md").read_text()
+    for verdict, meaning in verdicts.MEANINGS.items():
+        (row,) = [line for line in guide.splitlines() if line.startswith(f"| `{verdict}` |")]
+        assert row.startswith(f"| `{verdict}` | {meaning}")
+        assert row.endswith(f"| {verdicts.NOT_SAID[verdict]} |")
+    for words in ("Not by half", "In numbers", "Too few prompts to tell", "Foretold", "≈0%"):
+        assert words in guide
+
+
 def test_a_control_that_was_not_tried_is_said(tmp_path: Path) -> None:
     (row,) = opening.rows(gather(*make_run(tmp_path / "run", {"only": Fake({"none": 0.1})})))
     assert row["wrong"] == "not tried" and row["counts"] == {"undecided": 1}

@@ -122,6 +122,6 @@ def test_p_values_only_where_they_could_have_told() -> None:
     assert p_value(one) == "1" and p_values(one) == "1 (1)"
     assert p_value(none) == p_value(None) == NOTHING
     (alone,) = corrected([2 / 2**6], [6])
-    assert p_value(alone) == "0.0312", "by itself six that all disagree tell"
+    assert p_value(alone) == "0.031", "by itself six that all disagree tell"
     (small,) = corrected([1e-9], [40])
     assert p_value(small) == "<0.001"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from holdfast.wording import (
     p_values,
     percent,
     points,
+    points_range,
     power,
     power_range,
     share,
@@ -87,10 +88,14 @@ def write_comparisons(made: Sequence[Comparison | PublishedComparison], path: Pa
 
 
 def page_of(comparison: Comparison | PublishedComparison) -> Table:
-    """The comparison in words."""
+    """The comparison in words; without its notes' column where there are none."""
     if isinstance(comparison, Comparison):
-        return _of_runs(comparison)
-    return _of_published(comparison)
+        table = _of_runs(comparison)
+    else:
+        table = _of_published(comparison)
+    if any(row[-1] for row in table.rows):
+        return table
+    return replace(table, columns=table.columns[:-1], rows=tuple(row[:-1] for row in table.rows))
 
 
 # --- Two runs -------------------------------------------------------------------------------------
@@ -128,8 +133,9 @@ def _of_runs(made: Comparison) -> Table:
             "every prompt is its own); in brackets after Holm's correction for all rows here. None "
             "where even full disagreement of so many independent prompts would not reach "
             f"{SIGNIFICANT:g}.",
-            "norm: median smallest norm, relative to the residual; ÷: median paired ratio, a goal "
-            "never reached counting as infinitely far. drift: largest of a pre-activation.",
+            "norm: median smallest norm, relative to the residual (not by half: half of the "
+            "prompts or more were never reached); ÷: median paired ratio, a goal never reached "
+            "counting as infinitely far. drift: largest of a pre-activation.",
         ),
     )  # fmt: skip
 
@@ -146,7 +152,7 @@ def _pair_row(pair: Pair, notes: Notes) -> tuple[str, ...]:
         shared,
         _points(pair.rate),
         p_values(pair.rate.test if pair.rate else None),
-        ", ".join(norm(value.estimate) for value in pair.norms),
+        ", ".join(map(_norm, pair.norms)),
         _ratio(pair.norm),
         ", ".join(power(value) for value in pair.drifts),
         notes.mark(pair.differs),
@@ -166,16 +172,28 @@ def _points(contrast: Contrast | None) -> str:
     if contrast is None or contrast.value.estimate is None:
         return NOTHING
     found = contrast.value
-    kind = "" if contrast.paired else " unpaired"
-    return f"{points(found.estimate)} [{points(found.low)}, {points(found.high)}]{kind}"
+    ends = points_range(found.low, found.high)
+    return " ".join(filter(None, (points(found.estimate), ends, _paired(contrast))))
+
+
+def _paired(contrast: Contrast) -> str:
+    return "" if contrast.paired else "unpaired"
+
+
+def _norm(value: Value) -> str:
+    """A median smallest norm, as the report has it: nothing where nothing was searched."""
+    if not value.n:
+        return NOTHING
+    return "not by half" if value.estimate is None else norm(value.estimate)
 
 
 def _ratio(contrast: Contrast | None) -> str:
     if contrast is None:
         return NOTHING
     found = contrast.value
-    ends = "" if found.low is None else f"[{times(found.low)}, {times(found.high)}]"
-    return f"{times(found.estimate)} {ends}".strip()
+    if found.low is None or found.low == found.high:
+        return times(found.estimate)
+    return f"{times(found.estimate)} [{times(found.low)}, {times(found.high)}]"
 
 
 # --- Published figures ----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ NOT_SAID = {
     "held": "That no vector exists: this search, inside this constraint and budget, found none.",
     "breached": "That anyone could do it without access to the model's activations.",
     "forcible": "That the behavior is gone, or that it is still there.",
-    "undecided": "Anything yet: the search is unfinished, or has too few independent prompts.",
+    "undecided": "Anything yet.",
 }
 MARKS = {"held": "■", "breached": "▲", "forcible": "◆", "undecided": "○"}
 

@@ -14,17 +14,22 @@ if TYPE_CHECKING:
     from holdfast.compare import Comparison
     from holdfast.published.beside import PublishedComparison
 
+WIDE = 168
+"""Columns of a terminal in which no cell of a comparison has to be cut."""
+
 
 def comparison_table(comparison: Comparison | PublishedComparison) -> None:
     """What is unlike first, then a row a point."""
     from holdfast.report.compared import page_of
 
-    page, out = page_of(comparison), console()
+    page, out = page_of(comparison), console(WIDE)
     for line in page.head:
         out.print(line, markup=False, soft_wrap=True)
     table = Table(title=page.title, title_justify="left", box=SIMPLE_HEAD)
     for name in page.columns:
-        table.add_column(name, overflow="fold", min_width=26 if "trial" in name else None)
+        # Where there is no room for it a least width would push other columns off the edge.
+        wide = "trial" in name and out.width >= WIDE
+        table.add_column(name, overflow="fold", min_width=26 if wide else None)
     for row in page.rows:
         table.add_row(*map(escape, row))
     out.print(table)
