@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.recorded import Hold
 from holdfast.steppers import State, Stepper
-from holdfast.subspace import FeasibleSet, Iterate
+from holdfast.subspace import Charted, FeasibleSet, Iterate
 
 
 class HasRows(Protocol):
@@ -68,6 +68,12 @@ class SetPerRow:
     def rows(self, rows: Tensor) -> SetPerRow:
         return SetPerRow(self.sets.rows(rows))
 
+    def around(self, at: Iterate) -> SetPerRow:
+        """Those that keep something of where they are, with what they keep there."""
+        pairs = zip(self.sets.parts, self.sets.own, strict=True)
+        parts = (p.around(at.rows(own)) if isinstance(p, Charted) else p for p, own in pairs)
+        return SetPerRow(Dealt(tuple(parts), self.sets.owner))
+
     def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:
         return self.sets.each(lambda part, own: part.tangent(gradient[own], at.rows(own)))
 
@@ -78,6 +84,13 @@ class SetPerRow:
         return self.sets.each(
             lambda part, own: part.inside(delta[own], radius[own], last.rows(own))
         )
+
+
+def set_by_owner(owner: Tensor, made: Callable[[int, Tensor], FeasibleSet]) -> FeasibleSet:
+    """One set for rows of several owners [n]; made: of an owner's number and its rows, in order."""
+    numbers, own = owner.unique(sorted=True, return_inverse=True)
+    sets = [made(int(k), (owner == k).nonzero().flatten()) for k in numbers]
+    return sets[0] if len(sets) == 1 else SetPerRow(Dealt(tuple(sets), own))
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,19 @@ from holdfast.batch import Batch
 from holdfast.constraints import ConstraintKind
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.feature_hold import FeatureHold
-from holdfast.constraints.jacobian_null import JacobianNull, Level
+from holdfast.constraints.jacobian_null import JacobianNull
 from holdfast.constraints.jacobian_probes import JacobianProbes
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.errors import ConstraintError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.jacobian import chords, framed, preconditioners
-from holdfast.jacobian.chords import Chords
+from holdfast.jacobian import frame as frames
+from holdfast.jacobian.chords import Chords, within
+from holdfast.jacobian.entries import Entries
 from holdfast.jacobian.feature_map import FeatureMap, perturbed_columns
-from holdfast.jacobian.frame import Frame, few
+from holdfast.jacobian.frame import Frame
 from holdfast.jacobian.framed import Framed
+from holdfast.jacobian.level import Level
 from holdfast.jacobian.linearized import Linearized
 from holdfast.jacobian.null_space import (
     OFF,
@@ -37,6 +40,8 @@ from holdfast.jacobian.null_space import (
 from holdfast.jacobian.offsets import Offsets, Plain
 from holdfast.jacobian.preconditioners import Positions, Preconditioner, prepared
 from holdfast.jacobian.restoration import SLACK, restore
+from holdfast.jacobian.settled import Settled
+from holdfast.per_row import SetPerRow
 from holdfast.problem import Problem
 from holdfast.recovery import Budget, Recovery, RecoverySpec, recover
 from holdfast.replay import Replay
@@ -128,8 +133,11 @@ def somewhere(problem: Problem, size: float = 0.05, seed: int = 0) -> Tensor:
     return noise * length[:, None, None]
 
 
-def entries(features: FeatureMap) -> Tensor:
-    return features.monitored.flatten(1).any(0).nonzero().flatten()
+def entries(features: FeatureMap) -> tuple[Entries, Tensor]:
+    """Which entries are constraints: the same ones in every row of the problems here."""
+    own = Entries.of(features)
+    assert own.there.all() and (own.index == own.index[0]).all()
+    return own, own.index[0]
 
 
 def searched(problem: Problem, constraint: ConstraintKind, steps: int = 12) -> Recovery:
@@ -153,8 +161,8 @@ def test_products_are_those_of_the_jacobian(which: str, request: pytest.FixtureR
     problem: Problem = request.getfixturevalue(which)
     features = FeatureMap.of(problem)
     delta, u = somewhere(problem), somewhere(problem, 1.0, seed=1)
-    here, used = Linearized(features, delta), entries(features)
-    J = here.matrix(used)
+    here, (every, used) = Linearized(features, delta), entries(features)
+    J = here.matrix(every)
     row = features.rows(torch.tensor([2]))
     full = torch.autograd.functional.jacobian(
         lambda x: row(x[None])[0].flatten()[used], delta[2]
@@ -182,8 +190,8 @@ def test_matrix_free_solves_equal_exact_ones(
     """With either preconditioner, away from the reference that it was made at."""
     problem: Problem = request.getfixturevalue(which)
     features = FeatureMap.of(problem)
-    here, used = Linearized(features, somewhere(problem)), entries(features)
-    J = here.matrix(used).double()
+    here, (every, used) = Linearized(features, somewhere(problem)), entries(features)
+    J = here.matrix(every).double()
     b = here.push(somewhere(problem, 1.0, seed=1))
     exact = torch.linalg.pinv(J, rtol=1e-6) @ b.flatten(1)[:, used, None].double()
     goal = 1e-6 * b.abs().amax((1, 2))
@@ -220,9 +228,7 @@ def test_the_violation_falls_quadratically(low: Problem) -> None:
 
 def framed_at(problem: Problem, delta: Tensor) -> tuple[FeatureMap, Frame]:
     features = FeatureMap.of(problem)
-    used = few(features)
-    assert used is not None
-    return features, Frame.at(features, delta, used)
+    return features, Frame.at(features, delta, Entries.of(features))
 
 
 @pytest.mark.parametrize("which", ["hard", "low"])
@@ -235,9 +241,10 @@ def test_a_frame_is_the_jacobian(which: str, request: pytest.FixtureRequest) -> 
     J = frame.J / frame.scale.clamp_min(1e-30)[..., None]
     pushed, pulled = here.push(u), here.pull(here.value)
     again = torch.bmm(J, u.flatten(1)[..., None])[..., 0]
-    size = float(pushed.abs().max())
-    torch.testing.assert_close(again, pushed.flatten(1)[:, frame.used], atol=1e-4 * size, rtol=1e-4)
-    y = here.value.flatten(1)[:, None, frame.used]
+    size, own = float(pushed.abs().max()), frame.entries
+    torch.testing.assert_close(again, own.take(pushed), atol=1e-4 * size, rtol=1e-4)
+    assert torch.equal(own.put(own.take(here.value), here.value), here.value)
+    y = own.take(here.value)[:, None]
     size = float(pulled.abs().max())
     torch.testing.assert_close(torch.bmm(y, J).view_as(pulled), pulled, atol=1e-4 * size, rtol=1e-4)
     step = frame.correction(here.value)
@@ -440,6 +447,7 @@ def test_no_direction_left_is_infeasible(
     found = searched(problem, JacobianNull())
     assert set(found.outcomes) == {"infeasible"} and found.margin.isnan().all()
     monkeypatch.setattr(preconditioners, "FEW", 0)
+    monkeypatch.setattr(frames, "FEW", 0)
     assert (JacobianNull().feasible(problem).dimension == 0).all(), "and where J is not kept"
 
 

@@ -58,7 +58,7 @@ class FeatureMap:
         early, weights = [], []
         for bank, rows, (_, x) in zip(banks, slices, reference, strict=True):
             own = perturbed if bank.site in problem.sites else torch.zeros_like(perturbed)
-            early.append((reached & ~own & _reads_held_only(replay, bank))[..., None])
+            early.append((reached & ~own & _reads_held_only(replay, bank)[:, None])[..., None])
             here = perturbed if bank.site == problem.sites[0] else reached
             valid = here[..., None] & bank.valid[rows][:, None]
             length = x.norm(dim=-1, keepdim=True).clamp_min(TINY)
@@ -78,6 +78,16 @@ class FeatureMap:
     def monitored(self) -> Tensor:
         """[n s K] bool: entries that are constraints."""
         return self.weight > 0
+
+    @property
+    def counts(self) -> list[int]:
+        """How many of the K features belong to each monitored site."""
+        return [W.shape[2] for W in self.columns]
+
+    @property
+    def elsewhere(self) -> Tensor:
+        """[n s K] bool: constraints at tokens without a vector."""
+        return self.monitored & ~perturbed_columns(self.replay)[..., None]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -104,16 +114,24 @@ class FeatureMap:
     def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Φ(δ) [n s K], differentiable twice, and what is to be held [n s K]: the same after the
         edits everywhere."""
+        parts, held = self.by_site(delta)
+        return torch.cat(parts, 2), held
+
+    def by_site(self, delta: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The same with the part [n s k] of each site by itself: a derivative of the features of
+        one site has nothing to do with what lies above it."""
         return self.of_states(suffix_states(self.replay, delta, [bank.site for bank in self.banks]))
 
-    def of_states(self, states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The same from the residuals of the banks' sites, as `suffix_states` gives them."""
-        monitored, held = [], []
+    def of_states(self, states: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+        """`by_site` from the residuals of the banks' sites, as `suffix_states` gives them."""
+        parts, held = [], []
+        weights = self.weight.split(self.counts, 2)
         for index, ((x, y), (x_ref, y_ref)) in enumerate(zip(states, self.reference, strict=True)):
             late = y - y_ref
-            monitored.append(self._along(index, torch.where(self.early[index], x - x_ref, late)))
-            held.append(self._along(index, late.detach()))
-        return torch.cat(monitored, 2) * self.weight, torch.cat(held, 2) * self.weight
+            change = torch.where(self.early[index], x - x_ref, late)
+            parts.append(self._along(index, change) * weights[index])
+            held.append(self._along(index, late.detach()) * weights[index])
+        return parts, torch.cat(held, 2)
 
     def _along(self, index: int, change: Tensor) -> Tensor:
         """[n s k] the components of a change [n s d] along the encoder columns of a site."""
@@ -133,21 +151,20 @@ def suffix_states(
         return list(replay.suffix(delta, sites).values())
 
 
-def _reads_held_only(replay: Replay, bank: FeatureBank) -> bool:
-    """Whether what the edits at a site do depends on nothing but the bank's pre-activations."""
-    if bank.guarantee != "exact":
-        return False
+def _reads_held_only(replay: Replay, bank: FeatureBank) -> Tensor:
+    """[n] whether what the edits at a site do depends on nothing but the row's own held
+    pre-activations."""
+    held = [set(bank.ids[own]) for own in bank.slices(replay.frame).tolist()]
+    only = torch.full((len(held),), bank.guarantee == "exact", device=replay.columns.device)
     for edit in (*replay.before, *replay.after):
         if bank.site not in edit.sites:
             continue
         if not isinstance(edit, FeatureEdit) or edit.gate is not None or edit.error_scale != 1.0:
-            return False
-        for row, other in zip(
-            edit.bank.slices(replay.frame).tolist(), bank.slices(replay.frame).tolist(), strict=True
-        ):
-            if not set(edit.bank.ids[row]) <= set(bank.ids[other]):
-                return False
-    return True
+            return torch.zeros_like(only)
+        read = [set(edit.bank.ids[own]) for own in edit.bank.slices(replay.frame).tolist()]
+        contained = [own <= other for own, other in zip(read, held, strict=True)]
+        only = only & torch.as_tensor(contained, device=only.device)
+    return only
 
 
 def perturbed_columns(replay: Replay) -> Tensor:

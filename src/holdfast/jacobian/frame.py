@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from holdfast.jacobian.entries import Entries
 from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.jacobian.linearized import Linearized
 from holdfast.problem import TINY
@@ -27,58 +27,63 @@ SMALL = 2**20
 """Most numbers of a row's J that are kept: 4 MB."""
 
 
-def few(features: FeatureMap) -> Tensor | None:
-    """The entries of a flat [s·K] that are constraints of any row; None if J is not to be kept."""
-    used = features.monitored.flatten(1).any(0).nonzero().flatten()
-    _, q, d = features.shape
-    return used if len(used) <= FEW and len(used) * q * d <= SMALL else None
+def few(features: FeatureMap) -> Tensor:
+    """[n] bool: rows whose J is small enough to be kept."""
+    n_constraints = features.monitored.sum((1, 2))
+    return (n_constraints <= FEW) & (n_constraints * features.unknowns <= SMALL)
 
 
 @dataclass(frozen=True)
 class Frame:
     """J at `center` [n q d_model], and a factor of JJᵀ.
 
-    J [n r q·d_model]: its rows, scaled to unit length, at the r entries `used` of a flat [s·K];
-    scale [n r]: what they were multiplied with, 0 for entries that are no constraints; factor
-    [n r r] lower, in float64. A later token's row is as long as the attention that the token pays,
-    over three decades on the organism, and the singular values of unit rows fall over three more.
+    J [n r q·d_model]: its rows, scaled to unit length, at each row's own entries; scale [n r]: what
+    they were multiplied with, 0 for entries that are no constraints; factor [n r r] lower, in
+    float64. A later token's row is as long as the attention that the token pays, over three decades
+    on the organism, and the singular values of unit rows fall over three more.
     """
 
     center: Tensor
     J: Tensor
     scale: Tensor
     factor: Tensor
-    used: Tensor
+    entries: Entries
 
     @classmethod
-    def at(cls, features: FeatureMap, delta: Tensor, used: Tensor) -> Frame:
+    def at(cls, features: FeatureMap, delta: Tensor, entries: Entries) -> Frame:
         n, q, d = delta.shape
-        together = max(1, LARGEST // (len(used) * q * d))
+        together = max(1, LARGEST // max(1, len(entries) * q * d))
         parts = [
-            _factored(features.rows(rows), delta[rows], used)
+            _factored(features.rows(rows), delta[rows], entries.rows(rows))
             for rows in torch.arange(n, device=delta.device).split(together)
         ]
         J, scale, factor = (torch.cat(own) for own in zip(*parts, strict=True))
-        return cls(delta.clone(), J, scale, factor, used)
+        return cls(delta.clone(), J, scale, factor, entries)
 
-    @staticmethod
-    def join(parts: Sequence[Frame]) -> Frame:
-        """Of the lanes of all parts, made at the same entries."""
+    @classmethod
+    def origin(cls, features: FeatureMap) -> Frame:
+        """Without a perturbation, as many rows at once as fit."""
+        entries, zero = Entries.of(features), features.weight.new_zeros(features.shape)
+        parts = features.replay.subject.batching.over(
+            "steps", torch.arange(len(features), device=zero.device),
+            lambda rows: cls.at(features.rows(rows), zero[rows], entries.rows(rows)),
+        )  # fmt: skip
         names = ("center", "J", "scale", "factor")
         own = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return Frame(**own, used=parts[0].used)
+        return cls(**own, entries=entries)
 
     def rows(self, rows: Tensor) -> Frame:
         return Frame(
-            self.center[rows], self.J[rows], self.scale[rows], self.factor[rows], self.used
-        )
+            self.center[rows], self.J[rows], self.scale[rows], self.factor[rows],
+            self.entries.rows(rows),
+        )  # fmt: skip
 
     def anew(self, features: FeatureMap, delta: Tensor, which: Tensor) -> Frame:
         """The frame made once more at delta, for some lanes [n] bool."""
         if not which.any():
             return self
         rows = which.nonzero().flatten()
-        made = Frame.at(features.rows(rows), delta[rows], self.used)
+        made = Frame.at(features.rows(rows), delta[rows], self.entries.rows(rows))
         return replace(
             self,
             center=self.center.index_copy(0, rows, made.center),
@@ -93,24 +98,30 @@ class Frame:
 
     def solve(self, r: Tensor) -> Tensor:
         """(JJᵀ)⁻¹r [n s K]."""
-        flat = torch.zeros_like(r).flatten(1)
-        flat[:, self.used] = (self._solved(r) * self.scale).to(r.dtype)
-        return flat.view_as(r)
+        return self.entries.put(self._solved(r) * self.scale, r)
 
     def correction(self, value: Tensor) -> Tensor:
         """The shortest step [n q d_model] to be subtracted for Φ to fall by `value` [n s K]."""
         y = self._solved(value).to(self.J.dtype)
         return torch.bmm(y[:, None], self.J).view_as(self.center)
 
+    def tangent(self, u: Tensor) -> Tensor:
+        """What of a direction [n q d_model] moves no feature at the center: `(I − Jᵀ(JJᵀ)⁻¹J)u`."""
+        moved = torch.bmm(self.J, u.flatten(1)[..., None]).double()
+        y = torch.cholesky_solve(moved, self.factor).to(self.J.dtype)
+        return u - torch.bmm(y.mT, self.J).view_as(u)
+
     def _solved(self, r: Tensor) -> Tensor:
-        own = (r.flatten(1)[:, self.used] * self.scale).double()
+        own = (self.entries.take(r) * self.scale).double()
         return torch.cholesky_solve(own[..., None], self.factor)[..., 0]
 
 
-def _factored(features: FeatureMap, delta: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    J = Linearized(features, delta).matrix(used)
+def _factored(
+    features: FeatureMap, delta: Tensor, entries: Entries
+) -> tuple[Tensor, Tensor, Tensor]:
+    J = Linearized(features, delta).matrix(entries)
     length = J.norm(dim=2)
-    counts = features.monitored.flatten(1)[:, used] & (length > TINY)
+    counts = entries.there & (length > TINY)
     scale = torch.where(counts, 1 / length.clamp_min(TINY), 0.0)
     J = J * scale[..., None]
     gram = J.double() @ J.double().mT

@@ -7,18 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from holdfast.jacobian.chords import Chords
+from holdfast.jacobian.chords import Chords, within
 from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.jacobian.frame import Frame
-from holdfast.jacobian.linearized import Linearized
-from holdfast.jacobian.null_space import exact_tangent
 from holdfast.jacobian.offsets import Coordinates
-from holdfast.subspace import Iterate, into_ball
+from holdfast.subspace import Iterate, norms
 
-NEAR = 0.06
+NEAR = 0.1
 """How far from an iterate J may have been made, as a share of the residual's norm."""
 
-FAR = 0.12
+FAR = 0.2
 """The same for the trial that a step leads to."""
 
 CUTS = (1.0, 0.25, 0.0625)
@@ -63,7 +61,7 @@ class Framed:
         return self._framed(at.delta, NEAR)
 
     def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:
-        return exact_tangent(Linearized(self.features, at.delta), self.frame, gradient)
+        return self.coordinates.tangent(self.frame, at.delta, gradient)
 
     def retract(self, delta: Tensor) -> Tensor:
         """The set's point near each iterate; nearer to 0 if there is none within reach."""
@@ -72,13 +70,14 @@ class Framed:
 
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
         """Restore inside the ball, after as much of the step as is worth it; at last after none."""
-        own = self._framed(into_ball(delta, radius), FAR)
-        chords = Chords.of(own.coordinates, own.frame, self.tolerance)
+        inward = self._inward(delta, radius, last)
+        own = self._framed(within(delta, radius, inward), FAR)
+        chords = Chords.of(own.coordinates, own.frame, self.tolerance, inward)
         step = delta - last.delta
         bend, share = chords.reach(delta, radius, last)
         # The frame of a long way's end says little about a short way's.
         own = own._framed(last.delta + share[:, None, None] * step, FAR)
-        chords = Chords.of(own.coordinates, own.frame, self.tolerance)
+        chords = Chords.of(own.coordinates, own.frame, self.tolerance, inward)
         out, left = last.delta.clone(), torch.ones_like(bend, dtype=torch.bool)
         jumps = left & (bend < LEAP)
         for trying, length in ((jumps, torch.ones_like(share)), *((left, c * share) for c in CUTS)):
@@ -89,6 +88,13 @@ class Framed:
                 out[rows[kept]] = point[kept]
                 left[rows[kept]] = False
         return out
+
+    def _inward(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor | None:
+        """Along what steps that lead out of the ball are taken back into it."""
+        over = norms(delta).flatten() > radius
+        if not over.any():
+            return None
+        return self.coordinates.inward(self.frame, last.delta)
 
     def _framed(self, delta: Tensor, most: float) -> Framed:
         away = self.frame.distance(delta) > most * self.size

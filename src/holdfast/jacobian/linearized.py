@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from holdfast.jacobian.entries import Entries
 from holdfast.jacobian.feature_map import FeatureMap
 
 CHUNK = 4096
@@ -22,7 +23,8 @@ class Linearized:
         self.features, self.delta = features, delta.detach()
         self._leaf = delta.detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            self._output, held = features(self._leaf)
+            self._parts, held = features.by_site(self._leaf)
+            self._output = torch.cat(self._parts, 2)
         self.value = self._output.detach()
         self.held = held.abs().amax((1, 2))
         self._pulled: tuple[Tensor, Tensor] | None = None
@@ -33,10 +35,7 @@ class Linearized:
 
     def pull_many(self, ys: Tensor) -> Tensor:
         """[c n q d] from [c n s K]: many cotangents, in batched backward passes."""
-        size = max(1, CHUNK // (ys.shape[1] * ys.shape[2]))
-        return torch.cat(
-            [_gradient(self._output, self._leaf, y, batched=True) for y in ys.split(size)]
-        )
+        return self._pull_many(self._output, ys)
 
     def push(self, u: Tensor) -> Tensor:
         """J·u [n s K] of directions [n q d]."""
@@ -47,16 +46,23 @@ class Linearized:
         y, pulled = self._pulled
         return _gradient(pulled, y, u)
 
-    def matrix(self, used: Tensor) -> Tensor:
-        """J [n r q·d] itself, at the r entries `used` of a flat [s·K], by batched backward passes.
+    def matrix(self, entries: Entries) -> Tensor:
+        """J [n r q·d] itself, at the r entries of each row, by batched backward passes.
 
-        For few entries: it costs as much as r products.
+        For few entries: it costs as much as r products, those with features of lower sites less.
         """
-        n, s, K = self.value.shape
-        y = torch.zeros(len(used), s * K, device=used.device)
-        y[torch.arange(len(used), device=used.device), used] = 1.0
-        rows = self.pull_many(y.view(-1, 1, s, K).expand(-1, n, -1, -1))
-        return rows.flatten(2).transpose(0, 1).contiguous()
+        rows, first = [self.delta.new_zeros(0, *self.delta.shape)], 0
+        for site, part in enumerate(self._parts):
+            last = first + part.shape[2]
+            if entries.sizes[site]:
+                ys = entries.cotangents(site, self.value)[..., first:last]
+                rows.append(self._pull_many(part, ys))
+            first = last
+        return torch.cat(rows).flatten(2).transpose(0, 1).contiguous()
+
+    def _pull_many(self, output: Tensor, ys: Tensor) -> Tensor:
+        size = max(1, CHUNK // (ys.shape[1] * ys.shape[2]))
+        return torch.cat([_gradient(output, self._leaf, y, batched=True) for y in ys.split(size)])
 
 
 def _gradient(output: Tensor, leaf: Tensor, weight: Tensor, batched: bool = False) -> Tensor:

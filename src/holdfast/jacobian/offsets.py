@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from holdfast.jacobian.feature_map import FeatureMap, suffix_states
+from holdfast.jacobian.frame import Frame
+from holdfast.jacobian.linearized import Linearized
+from holdfast.jacobian.null_space import exact_tangent
 from holdfast.problem import TINY, Problem
 from holdfast.replay import Replay
 from holdfast.subspace import norms
@@ -50,6 +53,14 @@ class Coordinates(Protocol):
         first order."""
         ...
 
+    def tangent(self, frame: Frame, delta: Tensor, u: Tensor) -> Tensor:
+        """What of a direction [n q d_model] moves no feature, at vectors `delta` near a frame."""
+        ...
+
+    def inward(self, frame: Frame, delta: Tensor) -> Tensor | None:
+        """Along what [n q d_model] vectors near `delta` are made shorter; None: as they are."""
+        ...
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -72,6 +83,12 @@ class Plain:
 
     def change(self, at: Tensor, x: Tensor, step: Tensor) -> Tensor:
         return step
+
+    def tangent(self, frame: Frame, delta: Tensor, u: Tensor) -> Tensor:
+        return exact_tangent(Linearized(self.features, delta), frame, u)
+
+    def inward(self, frame: Frame, delta: Tensor) -> Tensor | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -107,13 +124,20 @@ class Offsets:
     def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
         sites = [bank.site for bank in self.features.banks]
         states = suffix_states(self._pinned(x), torch.zeros_like(x), sites)
-        return self.features.of_states(states)
+        parts, held = self.features.of_states(states)
+        return torch.cat(parts, 2), held
 
     def change(self, at: Tensor, x: Tensor, step: Tensor) -> Tensor:
         # From a difference that is short, so that hardly any clamp switches within it.
         length = norms(step).clamp_min(TINY)
         short = SHORT * self.size[:, None, None]
         return (self.written(at + step / length * short) - x) / short * length
+
+    def tangent(self, frame: Frame, delta: Tensor, u: Tensor) -> Tensor:
+        return exact_tangent(Linearized(self.features, delta), frame, u)
+
+    def inward(self, frame: Frame, delta: Tensor) -> Tensor | None:
+        return None
 
     @property
     def _there(self) -> Tensor:

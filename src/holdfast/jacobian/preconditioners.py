@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from holdfast.jacobian.entries import Entries
 from holdfast.jacobian.feature_map import FeatureMap, perturbed_columns
 from holdfast.jacobian.linearized import Linearized
 
@@ -40,26 +41,24 @@ class Preconditioner(Protocol):
 
 @dataclass(frozen=True)
 class Factored:
-    """JJᵀ of the reference: factor [n r r] lower, over the r entries `used` of a flat [s·K]."""
+    """JJᵀ of the reference: factor [n r r] lower, over each row's own entries."""
 
     factor: Tensor
-    used: Tensor
+    entries: Entries
 
     @classmethod
-    def of(cls, gram: Tensor, used: Tensor, monitored: Tensor) -> Factored:
-        """From JJᵀ [n r r] in float64, with zeros where an entry is not `monitored` [n r]."""
+    def of(cls, gram: Tensor, entries: Entries) -> Factored:
+        """From JJᵀ [n r r] in float64, with zeros where a row has fewer constraints."""
         size = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-        extra = torch.where(monitored, (SHARPEST**2 * size).clamp_min(1e-30), 1.0)
-        return cls(torch.linalg.cholesky(gram + torch.diag_embed(extra)).float(), used)
+        extra = torch.where(entries.there, (SHARPEST**2 * size).clamp_min(1e-30), 1.0)
+        return cls(torch.linalg.cholesky(gram + torch.diag_embed(extra)).float(), entries)
 
     def rows(self, rows: Tensor) -> Factored:
-        return replace(self, factor=self.factor[rows])
+        return Factored(self.factor[rows], self.entries.rows(rows))
 
     def solve(self, r: Tensor) -> Tensor:
-        flat = torch.zeros_like(r).flatten(1)
-        own = r.flatten(1)[:, self.used, None]
-        flat[:, self.used] = torch.cholesky_solve(own, self.factor).squeeze(-1)
-        return flat.view_as(r)
+        own = self.entries.take(r)[..., None]
+        return self.entries.put(torch.cholesky_solve(own, self.factor)[..., 0], r)
 
 
 @dataclass(frozen=True)
@@ -115,36 +114,44 @@ def _own(features: FeatureMap) -> Tensor:
     return blocks[:, :s]
 
 
+def factorable(features: FeatureMap) -> Tensor:
+    """[n] bool: rows with so few constraints that J of the reference is computed."""
+    return features.monitored.sum((1, 2)) <= FEW
+
+
 def prepared(features: FeatureMap) -> tuple[Preconditioner, Tensor]:
     """The preconditioner for the constraints of this map, and the dimensions [n] they leave free.
 
-    free: unknowns less the rank of J at the reference. The rank is computed where J is small or
-    could have no free direction; elsewhere it is taken for the number of constraints, so that there
-    are at least as many as is said.
+    All rows are `factorable`, or none is. free: unknowns less the rank of J at the reference, which
+    is computed where it is factorable or could leave no free direction; elsewhere it is taken for
+    the number of constraints, so that there are at least as many as is said.
     """
     constraints, unknowns = features.monitored.sum((1, 2)), features.unknowns
-    free = (unknowns - constraints).clamp_min(0)
-    few = bool((constraints <= FEW).all())
-    unsure = (constraints >= unknowns) | few
-    if not unsure.any():
-        return _positions(features), free
-    used = features.monitored.flatten(1).any(0).nonzero().flatten()
-    size = max(1, LARGEST // (len(used) * features.shape[1] * features.shape[2]))
+    free, few = (unknowns - constraints).clamp_min(0), factorable(features)
+    assert few.all() or not few.any(), "rows of both kinds"
+    unsure = ((constraints >= unknowns) | few).nonzero().flatten()
+    entries = Entries.of(features)
+    size = max(1, LARGEST // max(1, len(entries) * features.shape[1] * features.shape[2]))
 
-    def rank_and_gram(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def rank_and_gram(rows: Tensor) -> tuple[Tensor, Tensor]:
         part = features.rows(rows)
-        J = Linearized(part, torch.zeros(part.shape, device=rows.device)).matrix(used).double()
-        squares = torch.linalg.eigvalsh(J @ J.mT if len(used) <= J.shape[2] else J.mT @ J)
-        rank = (squares > RANK_TOLERANCE**2 * squares[:, -1:]).sum(1)
-        return rank, J @ J.mT if few else None
+        here = Linearized(part, torch.zeros(part.shape, device=rows.device))
+        J = here.matrix(entries.rows(rows)).double()
+        return rank(J), J @ J.mT if few.any() else J.new_zeros(len(J), 0, 0)
 
-    rows = unsure.nonzero().flatten()
-    parts = features.replay.subject.batching.over("steps", rows, rank_and_gram, most=size)
-    free[rows] = unknowns[rows] - torch.cat([rank for rank, _ in parts])
-    if not few:
+    batching = features.replay.subject.batching
+    parts = batching.over("steps", unsure, rank_and_gram, most=size)
+    if parts:
+        free[unsure] = unknowns[unsure] - torch.cat([own for own, _ in parts])
+    if not few.any():
         return _positions(features), free
-    grams = torch.cat([gram for _, gram in parts if gram is not None])
-    return Factored.of(grams, used, features.monitored.flatten(1)[:, used]), free
+    return Factored.of(torch.cat([gram for _, gram in parts]), entries), free
+
+
+def rank(J: Tensor) -> Tensor:
+    """[n] the rank of J [n r c], float64, up to rounding."""
+    squares = torch.linalg.eigvalsh(J @ J.mT if J.shape[1] <= J.shape[2] else J.mT @ J)
+    return (squares > RANK_TOLERANCE**2 * squares[:, -1:]).sum(1)
 
 
 def _positions(features: FeatureMap) -> Positions:

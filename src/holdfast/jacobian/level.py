@@ -1,0 +1,84 @@
+"""The level set Φ = 0 where J is too large to keep: solves from products with J alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.jacobian.feature_map import FeatureMap
+from holdfast.jacobian.linearized import Linearized
+from holdfast.jacobian.null_space import LEFT, correction, tangent
+from holdfast.jacobian.preconditioners import Preconditioner
+from holdfast.jacobian.restoration import SLACK, restore
+from holdfast.subspace import FeasibleSet, Iterate, into_ball, norms
+
+HALVINGS = 4
+"""How often a step that cannot be restored is halved before it is not taken."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Perturbations at which no monitored feature moves: a curved set through 0.
+
+    near: a preconditioner from the reference; free [n]; tolerance: largest entry of Φ that counts
+    as none; in_place: where every slot that has features to hold is perturbed, the set that
+    `feature_hold` keeps an iterate in. It is this one: both are the vectors with Φ = 0. Only ways
+    into it differ: one replaces residuals, in a single pass, the other goes the shortest way. So
+    one Gauss-Newton correction takes away what a step does to first order, which is what decides
+    where a search ends, and the rest is taken away in place.
+    """
+
+    features: FeatureMap
+    near: Preconditioner
+    free: Tensor
+    tolerance: float
+    in_place: FeasibleSet | None = None
+
+    @property
+    def dimension(self) -> Tensor:
+        return self.free
+
+    def rows(self, rows: Tensor) -> Level:
+        return Level(
+            self.features.rows(rows), self.near.rows(rows), self.free[rows], self.tolerance,
+            None if self.in_place is None else self.in_place.rows(rows),
+        )  # fmt: skip
+
+    def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:
+        # What an earlier step's momentum has outside of it goes when the step is restored.
+        return tangent(Linearized(self.features, at.delta), self.near, gradient)
+
+    def retract(self, delta: Tensor) -> Tensor:
+        """The set's point near each iterate; nearer to 0 if there is none within reach."""
+        anywhere = torch.full((len(delta),), torch.inf, device=delta.device)
+        return self.inside(delta, anywhere, Iterate.zero(delta))
+
+    def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
+        """Restore inside the ball. Where that fails, a shorter step is taken, at last none."""
+        step = into_ball(delta, radius) - last.delta
+        out = last.delta.clone()
+        todo = torch.arange(len(delta), device=delta.device)
+        own = self
+        for halving in range(HALVINGS + 1):
+            trial = last.delta[todo] + step[todo] / 2**halving
+            point, kept = own._restored(trial, radius[todo])
+            out[todo[kept]] = point[kept]
+            if kept.all():
+                break
+            todo = todo[~kept]
+            own = self.rows(todo)
+        return out
+
+    def _restored(self, trial: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        if self.in_place is None:
+            return restore(self.features, self.near, trial, radius, self.tolerance)
+        trial = into_ball(trial, radius)
+        here = Linearized(self.features, trial)
+        trial = trial - correction(here, self.near, LEFT * here.value.abs().amax((1, 2)))
+        point = self.in_place.inside(trial, radius, Iterate.zero(trial))
+        with torch.no_grad():
+            held = self.features(point)[1].abs().amax((1, 2))
+        short = norms(point).flatten() <= radius * (1 + SLACK)
+        return point, (held <= self.tolerance) & short
