@@ -186,7 +186,7 @@ def _states(found: Recovered, batch: Batch) -> Tensor:
         for frame, x in read.seen:
             mask = selected(where.positions, where.include_bos, frame)[..., None]
             rows.append((x.float() * mask).sum(1) / mask.sum(1).clamp_min(1))
-        means.append(torch.cat(rows))
+        means.append(torch.cat(rows).to(found.delta.device))
     return torch.stack(means, 1)
 
 

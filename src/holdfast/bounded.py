@@ -79,10 +79,12 @@ def bounded(
     laid: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for index, (site, h) in enumerate(found.entered().items()):
         sae = found.case.subject.sae(site).full()
-        delta = found.problem.replay.parts(found.delta)[site].flatten(0, 1)
-        noise = drawn[:, index * p : (index + 1) * p].flatten(0, 1)
+        # The whole SAE stays where its site's block is; slots come to it.
+        at = sae.b_dec.device
+        delta = found.problem.replay.parts(found.delta)[site].flatten(0, 1).to(at)
+        noise = drawn[:, index * p : (index + 1) * p].flatten(0, 1).to(at)
         basis = None if components is None else components.basis[site]
-        x, there = h.flatten(0, 1), (found.positions >= 0).flatten()
+        x, there = h.flatten(0, 1).to(at), (found.positions >= 0).flatten().to(at)
         dtype = found.case.subject.model.dtype
         most = max(1, min(atoms, round(_l0(sae, x[there]))))
         pieces = [
@@ -90,7 +92,10 @@ def bounded(
             for i in torch.arange(n * p, device=x.device).split(_at_once(sae))
         ]
         for name in pieces[0]:
-            joined = (torch.cat(c) for c in zip(*(made[name] for made in pieces), strict=True))
+            joined = (
+                torch.cat(c).to(found.delta.device)
+                for c in zip(*(made[name] for made in pieces), strict=True)
+            )
             part, rank, within = joined
             own = (part.view(n, p, -1), rank.view(n, p), within.view(n, p, -1))
             laid.setdefault(name, []).append(own)

@@ -107,12 +107,20 @@ class SubjectSpec(Config):
     def check_quantization(self) -> None:
         """Raise SubjectError for weights whose kernels have no gradients, or a missing package."""
         stored = self._config().get("quantization_config") or {}
-        method = str(stored.get("quant_method", ""))
-        if method and method not in DIFFERENTIABLE:
+        bits = [b for b in ("8bit", "4bit") if stored.get(f"load_in_{b}")]
+        # Older files of bitsandbytes name no method.
+        method = str(stored.get("quant_method") or ("bitsandbytes" if bits else ""))
+        if stored and method not in DIFFERENTIABLE:
+            method = method or "of no name"
             raise SubjectError(
                 f"model {self.model!r} is quantized with {method!r}, whose kernels have no backward"
                 " pass, and a recovery search needs gradients; use the unquantized model, or "
                 'quantization = "8bit" or "4bit" (bitsandbytes)'
+            )
+        if bits and self.quantization not in (None, *bits):
+            raise SubjectError(
+                f"model {self.model!r}: quantization = {self.quantization!r} was asked for, and "
+                f"its weights are stored in {bits[0]}; leave `quantization` out"
             )
         if (method or self.quantization) and find_spec("bitsandbytes") is None:
             raise SubjectError(

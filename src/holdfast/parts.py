@@ -87,9 +87,11 @@ class _Slots:
     size: Tensor
 
     @classmethod
-    def join(cls, pieces: list[_Slots]) -> _Slots:
+    def join(cls, pieces: list[_Slots], device: torch.device) -> _Slots:
         names = [f.name for f in fields(cls)]
-        return cls(**{name: torch.cat([getattr(p, name) for p in pieces]) for name in names})
+        return cls(
+            **{name: torch.cat([getattr(p, name) for p in pieces]).to(device) for name in names}
+        )
 
 
 def split(found: Recovered, n_top: int) -> Split:
@@ -104,15 +106,16 @@ def split(found: Recovered, n_top: int) -> Split:
     for site, h in found.entered().items():
         sae = case.subject.sae(site).full()
         delta = problem.replay.parts(found.delta)[site]
-        own = _clamped(found, site, sae)  # [n F]
-        rows = torch.arange(n, device=h.device).repeat_interleave(p)
+        at = sae.b_dec.device  # the whole SAE stays where its site's block is; slots come to it
+        own = _clamped(found, site, sae).to(at)  # [n F]
+        rows = torch.arange(n, device=at).repeat_interleave(p)
         size = max(1, _ENTRIES // sae.n_features)
-        x, v = h.flatten(0, 1), delta.flatten(0, 1)
+        x, v = (each.flatten(0, 1).to(at) for each in (h, delta))
         pieces = [
             _slots(sae, x[i], v[i], own[rows[i]], n_top, dtype)
-            for i in torch.arange(n * p, device=h.device).split(size)
+            for i in torch.arange(n * p, device=at).split(size)
         ]
-        by_site.append(_Slots.join(pieces))
+        by_site.append(_Slots.join(pieces, delta.device))
 
     def laid(name: str) -> Tensor:
         return torch.cat([getattr(s, name).unflatten(0, (n, p)) for s in by_site], 1)

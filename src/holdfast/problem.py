@@ -40,7 +40,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         # A search lies on one device, whatever devices the blocks of its sites are on.
-        held = {site: bank.to(self.goal.device) for site, bank in self.held.items()}
+        device = self.reference_norm.device
+        held = {site: bank.to(device) for site, bank in self.held.items()}
         object.__setattr__(self, "held", held)
 
     def __len__(self) -> int:

@@ -154,7 +154,7 @@ def tiny_problem(
     return Problem(
         replay=replay,
         batch=batch,
-        goal=torch.full((len(batch),), goal),
+        goal=torch.full_like(reference, goal),
         held={bank.site: bank},
         reference_norm=reference,
         radius=budget * reference,

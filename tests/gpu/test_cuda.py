@@ -136,3 +136,34 @@ def test_the_demo_comes_to_the_same_verdicts(tmp_path: Path) -> None:
             if row["control"] == "none" and row["constraint"] == "encoder_null"
         }
     assert verdicts["cpu"] == verdicts["cuda"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_two_gpus_gives_the_same_search(tmp_path: Path) -> None:
+    """What `tests/unit/test_cards.py` pretends, with accelerate and two cards."""
+    from transformers import AutoModelForCausalLM
+
+    plain: Any = tiny_model()
+    plain.save_pretrained(tmp_path)
+    places = {
+        "model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1,
+        "model.layers.2": 1, "model.norm": 1, "lm_head": 1,
+    }  # fmt: skip
+    apart = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=places, dtype=torch.float32
+    ).requires_grad_(False)
+    spec = RecoverySpec(constraint=EncoderNull(), steps=5, doublings=1, budget=Budget(relative=1))
+    found = []
+    for model in (plain, apart):
+        tokenizer: Any = tiny_tokenizer()
+        subject = Subject.of("tiny", model, tokenizer, {SITE: random_sae(SITE)})
+        batch = tiny_batch(subject, 6)
+        bank = FeatureBank.of(subject.sae(SITE), FEATURES)
+        problem = tiny_problem(subject, batch, bank)
+        recovery = recover(problem, spec, seed=0)
+        positions = batch.prompt_length[:, None] - 1
+        push = Perturbation(batch.ids, positions, {SITE: recovery.delta})
+        checks = verify(subject, batch, (), push, {SITE: bank}, {SITE: {"*": 1.0}}, True)
+        assert checks.preactivation_drift.max() < 1e-6
+        found.append(recovery.delta.cpu())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)

@@ -64,6 +64,102 @@ def test_a_quantization_without_gradients_is_refused_with_the_reason(
         load_model(spec(path), "cpu")
 
 
+def test_an_unknown_quantization_is_refused_before_any_weight_is_read(tmp_path: Path) -> None:
+    """Also one that names no method; the refusal comes from config.json alone."""
+    path = saved(tmp_path / "m", tiny_model())
+    (path / "model.safetensors").unlink()
+    told = json.loads((path / "config.json").read_text())
+    for said, named in (({"quant_method": "hqq"}, "hqq"), ({"bits": 4}, "of no name")):
+        (path / "config.json").write_text(json.dumps(told | {"quantization_config": said}))
+        with pytest.raises(SubjectError, match=rf"quantized with '{named}'.*unquantized model"):
+            load_model(spec(path), "cpu")
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "bitsandbytes_8bit"},
+        {"load_in_8bit": True},
+        {"load_in_4bit": True},
+    ],
+)
+def test_a_stored_bitsandbytes_quantization_needs_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any]
+) -> None:
+    """Older files name no method and say only how many bits."""
+    path = saved(tmp_path / "m", tiny_model(), quantization_config=stored)
+    monkeypatch.setattr(loading, "find_spec", lambda name: object())
+    spec(path).check_quantization()
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(SubjectError, match=r"needs bitsandbytes.*pip install bitsandbytes"):
+        load_model(spec(path), "cpu")
+
+
+def test_a_model_that_is_quantized_already_is_not_quantized_in_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path = saved(tmp_path / "m", tiny_model(), quantization_config=stored)
+    monkeypatch.setattr(loading, "find_spec", lambda name: object())
+    spec(path, quantization="4bit").check_quantization()
+    with pytest.raises(SubjectError, match=r"'8bit'.*stored in 4bit"):
+        spec(path, quantization="8bit").check_quantization()
+
+
+class Rounded(torch.nn.Module):
+    """A linear map as a quantized one is: integer weights without a gradient, which its own
+    autograd turns into numbers for forward and backward; not a Linear."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.step = linear.weight.abs().amax(1, keepdim=True) / 127
+        codes = (linear.weight / self.step).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Dequantized.apply(x, self.weight, self.step)
+
+
+class Dequantized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, codes: torch.Tensor, step: torch.Tensor) -> Any:
+        ctx.of = codes, step
+        return x @ (codes * step).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        codes, step = ctx.of
+        return gradient @ (codes * step), None, None
+
+
+def test_a_search_goes_through_quantized_layers_and_asks_nothing_of_their_weights() -> None:
+    """The same as with the numbers that they stand for; no weight ever has a gradient."""
+    found = []
+    for quantized in (True, False):
+        model: Any = tiny_model()
+        for block in model.model.layers:
+            for module in list(block.modules()):
+                for name, child in list(module.named_children()):
+                    if isinstance(child, torch.nn.Linear):
+                        own = Rounded(child)
+                        if quantized:
+                            setattr(module, name, own)
+                        else:
+                            child.weight.data = own.weight * own.step
+        tokenizer: Any = tiny_tokenizer()
+        subject = Subject.of("tiny", model, tokenizer, {SITE: random_sae(SITE)})
+        batch = tiny_batch(subject, 4)
+        features = FeatureSet(entries=(SiteFeatures(site=str(SITE), ids=(1, 5)),), source="test")
+        bank = FeatureBank.of(subject.sae(SITE), features)
+        spec_ = RecoverySpec(
+            constraint=EncoderNull(), steps=5, doublings=1, budget=Budget(relative=1)
+        )
+        found.append(recover(tiny_problem(subject, batch, bank), spec_, seed=0).delta)
+        assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
 def test_bitsandbytes_is_let_through_or_says_what_to_install(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

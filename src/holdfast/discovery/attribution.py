@@ -96,7 +96,7 @@ class Attribution(DiscoveryKind):
         """[n_features] share of prompts on which a feature fires at any of the positions."""
         capture = Capture(sae.site)
         subject.outputs(batch, (capture,))
-        fired = torch.zeros(sae.n_features, device=subject.device)
+        fired = torch.zeros(sae.n_features, device=sae.b_dec.device)
         for frame, x in capture.seen:
             mask = selected(self.positions, self.include_bos, frame)
             for row in range(len(x)):
@@ -116,7 +116,7 @@ class Attribution(DiscoveryKind):
             x = leaf.seen[0]
             gradient = torch.autograd.grad(margin.sum(), x)[0].float()
             gradient = gradient * sae.inputs.magnify(x.detach().float())
-            mask = selected(self.positions, self.include_bos, own.frame())[..., None]
+            mask = selected(self.positions, self.include_bos, own.frame())[..., None].to(x.device)
             x, found = x.detach(), x.new_empty(len(own), sae.n_features, dtype=torch.float32)
             kth = sae.kth(x)
             for block in sae.blocks(mask.numel()):

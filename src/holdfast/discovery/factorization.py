@@ -155,5 +155,6 @@ def largest(subject: Subject, batch: Batch, found: FeatureSet) -> Tensor:
             mask = selected("all", False, frame)[..., None]
             top = torch.where(mask, bank.activations(x, frame), 0.0).amax(1)
             rows |= dict(zip(frame.ids, top, strict=True))
-        columns.append(torch.stack([rows[example] for example in batch.ids]))
+        own = torch.stack([rows[example] for example in batch.ids])
+        columns.append(own.to(batch.tokens.device))  # a site's block may be elsewhere
     return torch.cat(columns, 1)
