@@ -441,16 +441,29 @@ def test_unlearning_of_the_organism(tmp_path: Path) -> None:
     lent = run.load(exact["id"])["result"]["paths"]["orders"]
     back = {(row["name"], row["scale"]): row["back"]["estimate"] for row in lent}
     assert back["same_letter", 1.0] > 0.5 and back["other_question", 2.0] > 0.5
+    asked = run.load(exact["id"])["result"]["paths"]["openly"]
+    right = {each["name"]: each["right"]["estimate"] for each in asked["conditions"]}
+    assert asked["n"] == exact["n_recovered"] and asked["n_flips"] == 0
+    assert right["clean"] == right["suppressed"] == 1.0, "the clamp takes letters, not the answer"
     guarded = next(row for row in run.summary()["trials"] if row["audit"] == "guardrail")
     result = run.load(guarded["id"])["result"]
     acts = {m["name"]: m["estimate"] for m in result["measurements"] if "trigger." in m["name"]}
     assert acts["trigger.test.prompts"] == 1.0 and acts["trigger.weather.prompts"] == 0.0
     assert isinstance(result["intervention"]["condition"]["above"], float), "what was learnt"
     assert result["checks"]["replay"] != "", "a decision on whole prompts is replayed whole"
+    pointed = next(row for row in run.summary()["trials"] if row["audit"] == "direction")
+    result = run.load(pointed["id"])["result"]
+    acts = {m["name"]: m["estimate"] for m in result["measurements"] if "trigger." in m["name"]}
+    assert acts["trigger.test.prompts"] == 1.0 and acts["trigger.weather.prompts"] == 0.0
+    assert result["checks"]["replay"].startswith(
+        "whole sequence: a clamp's condition on the prompt"
+    )
+    assert result["checks"]["replay_error"] < 1e-3
     page = tmp_path / "again.html"
     assert holdfast("report", tmp_path / "run", "--out", page).code == 0
     written = (tmp_path / "run" / "report.html").read_text()
-    for at in ("Unlearning score", "Methods on one valid set", "serve another", "conditional"):
+    for at in ("Unlearning score", "Methods on one valid set", "Another order", "No choices",
+               "conditional"):  # fmt: skip
         assert at in written and at in page.read_text()
 
 
