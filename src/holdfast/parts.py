@@ -9,8 +9,11 @@ the parts are no shares of an energy: the last two can be long and nearly opposi
 which is why inner products are recorded and why there is a second split, by least squares, whose
 parts are orthogonal and no longer than δ.
 
-One deviation from METHODS F.1: at later sites h already has the earlier vectors on, so that Δz is
-what this vector does and not what reaches it from below.
+Two deviations from METHODS F.1: at later sites h already has the earlier vectors on, so that Δz is
+what this vector does and not what reaches it from below; and where the clamp has the last word h is
+the residual before it, for that is what the vector is added to. The same vector can be split quite
+differently on either side of a clamp, though it does the same: the split is of what the SAE says at
+one state, and a share of it is no property of the vector alone.
 """
 
 from __future__ import annotations
@@ -171,7 +174,7 @@ def _slots(
     parts = (clamped, other, delta - clamped - other, seen, delta - seen)
     switched, decoded = [], []
     for part in parts:
-        x = h + part.float()
+        x = (h + part.float()).to(dtype).float()
         codes = sae.encode(x)
         switched.append(((codes > 0) != (before > 0)).sum(-1))
         decoded.append(_decoded(_scale(sae, x) * codes - scale * before, sae).square().sum(-1))

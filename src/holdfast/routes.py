@@ -32,7 +32,8 @@ FROZEN: Mapping[str, tuple[str, ...]] = {
     "no patterns": ("patterns",),
 }
 """Route → what is kept as it was: what attention adds, what MLPs add, or where attention looks,
-while what it finds there may change. direct: nothing answers the vector but the final norm."""
+while what it finds there may change. direct: nothing answers the vector but the final norm, and
+clamps that read what was added."""
 
 ADDS = ("attends", "mlp")
 """What of a block adds to the residual, as the families' table names it."""

@@ -12,7 +12,7 @@ from holdfast.bounded import SUBSPACES, Bounded, Components, bounded
 from holdfast.edits import Capture, FeatureEdit
 from holdfast.parts import EXACT, split
 from holdfast.paths import follow
-from holdfast.replays import of_likes, of_parts, of_places, parts_of
+from holdfast.replays import of_likes, of_norms, of_parts, of_places, parts_of
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.inputs import Inputs
 from holdfast.saes.sae import SAE
@@ -148,7 +148,7 @@ def test_parts_are_brought_to_every_norm_and_left_out(
 ) -> None:
     parts = parts_of(split(found, 3), made)
     spec = PathSpec(part_scales=(0.25, 0.5, 1.0, 1.5, 2.0))
-    variants = {v.name: v for v in of_parts(found, parts, spec)}
+    variants = {v.name: v for v in (*of_parts(found, parts), *of_norms(found, parts, spec))}
     for name, part in parts.items():
         for scale in spec.part_scales:
             own = variants[f"{name} x{scale:g}"]

@@ -147,9 +147,8 @@ def _together(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _rows(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
     by_name = {row["name"]: row for row in paths["variants"]}
     lens = {row["name"]: row for row in (paths.get("routes") or {}).get("lens", ())}
-    foreseen = {
-        kind: paths["predicted"][kind]["regained"] for kind in FORESEEN
-    } if _foreseen(paths) else {}  # fmt: skip
+    predicted = _foreseen(paths) or {kind: {"regained": {}} for kind in FORESEEN}
+    foreseen = {kind: predicted[kind]["regained"] for kind in FORESEEN}
     return [
         {
             **part,
