@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import (
@@ -294,6 +295,19 @@ def test_abba_names_the_indirect_object_first(gpt: PreTrainedTokenizerFast) -> N
         assert first == (order == "ABBA")
 
 
+def test_one_order_of_names_alone(gpt: PreTrainedTokenizerFast) -> None:
+    behavior = IOI(source="english", templates=(0,), orders=("BABA",))
+    found = behavior.examples(gpt, "test", 64, 0)
+    assert {example.id.split(":")[3] for example in found} == {"BABA"} and len(found) == 64
+    both = {e.id for e in IOI(source="english", templates=(0,)).examples(gpt, "test", 180, 0)}
+    assert {example.id for example in found} <= both, "the same prompts, fewer of them"
+    assert "orders" not in IOI(source="english").model_dump(mode="json"), "an identity that was"
+    with pytest.raises(ValueError, match="orders are different ones"):
+        IOI(source="english", orders=("BABA", "BABA"))
+    with pytest.raises(ValueError, match="the organism is asked in both"):
+        IOI(orders=("ABBA",))
+
+
 def test_a_prompt_is_the_same_in_every_draw(gpt: PreTrainedTokenizerFast) -> None:
     """An id names one text, so that runs with different seeds can be compared by it."""
     drawn = [IOI(source="english").examples(gpt, "test", 200, seed) for seed in range(4)]
@@ -545,6 +559,28 @@ def test_a_cut_keeps_as_many_questions_as_it_can(
     for n in (1, 19, 20, 21, 50):
         some = behavior.examples(gpt, "test", n, 0)
         assert some == many[:n] and len({e.cluster for e in some}) == min(n, 20)
+
+
+def test_whole_questions_are_asked_in_every_order_and_count_together(
+    gpt: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    behavior = mcq(tmp_path, permutations=24, every_order=True)
+    for n, n_questions in ((1, 1), (24, 1), (47, 1), (48, 2), (10_000, 20)):
+        found = behavior.examples(gpt, "test", n, 0)
+        orders = Counter(example.cluster for example in found)
+        assert len(orders) == n_questions and set(orders.values()) == {24}
+        assert len({example.id for example in found}) == 24 * n_questions
+    two = behavior.examples(gpt, "test", 48, 0)
+    clusters = [example.cluster for example in two]
+    shown = torch.ones(48, dtype=torch.bool)
+    assert behavior.counted(clusters, shown).all()
+    shown[5] = False  # one order of one question
+    left = behavior.counted(clusters, shown)
+    assert left.tolist() == [cluster != clusters[5] for cluster in clusters]
+    assert torch.equal(mcq(tmp_path, permutations=24).counted(clusters, shown), shown)
+    assert "every_order" not in mcq(tmp_path).model_dump(mode="json"), "an identity that was"
+    with pytest.raises(ValueError, match="every_order needs a dataset"):
+        MultipleChoice(every_order=True)
 
 
 def test_the_files_place_for_the_answer_means_nothing(

@@ -33,6 +33,7 @@ from holdfast.judges import (
     refuses,
 )
 from holdfast.judges.agreement import agreement, krippendorff_alpha, pair_agreement
+from holdfast.judges.alike import BASE_LIKE, STRICT, alike
 from holdfast.judges.causal_lm import CausalLM
 from holdfast.judges.classifier import Classifier
 from holdfast.judges.correction import corrected_rate
@@ -1119,3 +1120,40 @@ def test_similar_texts_have_different_hashes() -> None:
     assert a == Reply("r0", "bread", False, 1)
     assert difflib.SequenceMatcher(None, a.sha256, b.sha256).ratio() < 0.9
     assert Reply("s", "\ud800", False, 1).sha256  # what cannot be encoded has one too
+
+
+# --- The published rules for text like the clean answer -------------------------------------------
+
+CLEAN = (
+    "First warm the milk slowly, then stir in the cocoa and a spoon of sugar. Keep stirring until "
+    "no lumps are left, pour it into two cups and let them stand for a minute before you drink."
+)
+
+
+@pytest.mark.parametrize(
+    "reply, base_like, strict",
+    [
+        (CLEAN, True, True),
+        ("", False, False),
+        (CLEAN[:90], True, False),  # 120 characters are asked for by the stricter
+        (CLEAN[:70], False, False),
+        ("the milk " * 20, False, False),  # few different words
+        (CLEAN + "!" * 150, False, False),  # one sign makes up too much of it
+        (
+            "Old harbors smell of tar and rope; gulls quarrel over fish heads while boats knock "
+            "against wooden piers, and nobody minds how late evening comes around here anyway.",
+            True, False,
+        ),  # another topic, and the looser rule takes it for like (METHODS H.3)
+    ],
+)  # fmt: skip
+def test_likeness_as_published(reply: str, base_like: bool, strict: bool) -> None:
+    assert alike(reply, CLEAN, BASE_LIKE) is base_like
+    assert alike(reply, CLEAN, STRICT) is strict
+
+
+def test_the_strict_rule_takes_nothing_that_the_other_refuses() -> None:
+    rng = random.Random(0)
+    words = CLEAN.split()
+    for _ in range(200):
+        reply = " ".join(rng.choices([*words, "harbor", "gull", "rope"], k=rng.randint(1, 40)))
+        assert alike(reply, CLEAN, BASE_LIKE) or not alike(reply, CLEAN, STRICT)
