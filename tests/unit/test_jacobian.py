@@ -23,7 +23,7 @@ from holdfast.errors import ConstraintError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.jacobian import chords, framed, preconditioners
 from holdfast.jacobian import frame as frames
-from holdfast.jacobian.chords import Chords, within
+from holdfast.jacobian.chords import Chords
 from holdfast.jacobian.entries import Entries
 from holdfast.jacobian.feature_map import FeatureMap, perturbed_columns
 from holdfast.jacobian.frame import Frame
@@ -40,8 +40,6 @@ from holdfast.jacobian.null_space import (
 from holdfast.jacobian.offsets import Offsets, Plain
 from holdfast.jacobian.preconditioners import Positions, Preconditioner, prepared
 from holdfast.jacobian.restoration import SLACK, restore
-from holdfast.jacobian.settled import Settled
-from holdfast.per_row import SetPerRow
 from holdfast.problem import Problem
 from holdfast.recovery import Budget, Recovery, RecoverySpec, recover
 from holdfast.replay import Replay
