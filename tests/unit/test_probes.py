@@ -15,6 +15,7 @@ from holdfast.batch import Batch, Example
 from holdfast.batching import Batching
 from holdfast.closed_form import ClosedForm
 from holdfast.constraints import ConstraintKind
+from holdfast.constraints.active_null import ActiveNull
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.feature_hold import FeatureHold
 from holdfast.constraints.gradient_projection import GradientProjection
@@ -33,6 +34,7 @@ from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.strata import by_depth
 from holdfast.subject import Subject
+from holdfast.subspace import NullSpacePerSlot
 from holdfast.testing import WORDS, random_sae, tiny_model, tiny_tokenizer
 
 SITE = Site(2)
@@ -283,6 +285,30 @@ def test_the_search_reaches_the_closed_form_within_1e_4_and_never_beats_it(
     ratio = found.smallest_norm.double() / oracle
     assert (ratio <= 1 + 1e-4).all(), f"found {float(ratio.max()) - 1:.1e} above the optimum"
     assert (ratio >= 1 - 2e-5).all(), f"beats the optimum by {1 - float(ratio.min()):.1e}"
+
+
+def test_where_every_token_has_a_set_of_its_own_the_closed_form_is_the_searchs_too(
+    subject: Subject,
+) -> None:
+    """Under `active_null` the gradient is projected token by token."""
+    readout = probes(subject.d_model)
+    batch = texts(subject, readout)
+    clamp = FeatureEdit(bank_of(subject, range(4)), "set", 0.0)
+    pooled = readout.pooled(subject.outputs, batch)
+    reach = 0.2 * float(readout.weight[0].norm() * pooled.norm(dim=1).median())
+    problem = posed(subject, batch, range(4), clamp, reach)
+    feasible = ActiveNull().feasible(problem)
+    assert isinstance(feasible, NullSpacePerSlot) and len(feasible.free.unique()) > 2
+    found = recover(problem, RecoverySpec(constraint=ActiveNull(), **EXACTLY), seed=0)
+    there = problem.perturbed
+    gradient = torch.where(there[..., None], readout.weight[0] / there.sum(1)[:, None, None], 0.0)
+    length = feasible.retract(gradient).double().norm(dim=(1, 2))
+    start = Lanes.of(problem, torch.arange(len(batch))).margin(torch.zeros(problem.shape))
+    oracle = (problem.goal - start).double() / length
+    torch.testing.assert_close(found.closed_form.norm.double(), oracle, rtol=2e-4, atol=0)
+    assert set(found.outcomes) == {"recovered"}
+    ratio = found.smallest_norm.double() / oracle
+    assert ((ratio <= 1 + 1e-3) & (ratio >= 1 - 2e-4)).all()
 
 
 def test_the_direction_is_the_projected_probe_alike_at_every_token(subject: Subject) -> None:
