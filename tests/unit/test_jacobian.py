@@ -42,6 +42,8 @@ from holdfast.jacobian.null_space import (
 from holdfast.jacobian.offsets import Offsets, Plain
 from holdfast.jacobian.preconditioners import Positions, Preconditioner, prepared
 from holdfast.jacobian.restoration import SLACK, restore
+from holdfast.jacobian.settled import Settled
+from holdfast.per_row import SetPerRow
 from holdfast.problem import Problem
 from holdfast.recovery import Budget, Recovery, RecoverySpec, recover
 from holdfast.replay import Replay
