@@ -231,6 +231,19 @@ def test_what_cannot_be_staged() -> None:
         spec("unconstrained")
 
 
+def test_what_is_adapted_is_said_until_it_is_as_published() -> None:
+    stage = {"steps": 1, "lr": 0.1}
+    assert spec("gradient_projection", stage).adapted == ""
+    plain = RecoverySpec.model_validate({"constraint": {"kind": "gradient_projection"}})
+    assert "smallest norm" in plain.adapted
+    probes = RecoverySpec.model_validate({"constraint": {"kind": "jacobian_probes"}})
+    assert "two stages" in probes.adapted and "discouraged openings" in probes.adapted
+    staged = spec("jacobian_probes", stage).adapted
+    assert "discouraged openings" in staged and "two stages" not in staged
+    own = RecoverySpec.model_validate({"constraint": {"kind": "encoder_null"}})
+    assert own.adapted == "", "nobody else's"
+
+
 def test_a_search_without_stages_is_called_what_it_was_called() -> None:
     plain = RecoverySpec(constraint=CONSTRAINTS.parse({"kind": "unconstrained"}))
     assert "schedule" not in plain.model_dump(mode="json")

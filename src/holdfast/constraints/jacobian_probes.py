@@ -161,6 +161,18 @@ class JacobianProbes(ConstraintKind):
         passes = 1 + self.n_probes + 2 + 2 * self.correction_steps
         return passes, passes
 
+    def adapted(self, staged: bool) -> str:
+        always = (
+            "the last prompt token is monitored beside the answer's, and no term of the objective "
+            "holds discouraged openings down"
+        )
+        if staged:
+            return always
+        return (
+            "it looks for the smallest norm, up the study's objective; published are two stages of "
+            f"fixed steps and a rule for which iterate is kept; {always}"
+        )
+
     @property
     def stepper(self) -> Adam:
         return Adam()
