@@ -91,6 +91,8 @@ def test_it_goes_on_where_the_goal_is_reached(one_layer: Problem) -> None:
     assert (staged.margin > one_layer.goal)[both].all()
     assert set(staged.outcomes) <= {"recovered", "undecided"}
     assert len(staged.trace) == 40 and staged.trace[-1]["n_searching"] == len(one_layer)
+    ever = int((staged.margin > one_layer.goal).sum())
+    assert ever <= staged.trace[-1]["n_reached"] <= len(one_layer), "a row reaches its goal once"
 
 
 def test_too_small_a_budget_is_undecided_and_never_held(one_layer: Problem) -> None:
