@@ -44,6 +44,7 @@ COORDINATES: dict[str, Callable[[Trial], Any]] = {
     "constraint": lambda trial: trial.label,
     "dataset": _dataset,
     "n_features": _n_features,
+    "layers": lambda trial: "one" if len(trial.subject.saes) == 1 else "several",
 }
 """Coordinates that are no path of a trial → how they are read from one."""
 
