@@ -385,8 +385,8 @@ def test_without_a_chat_template_nothing_is_run(local: Local, tmp_path: Path) ->
 SHORT = [
     'controls=[]',
     *(f'audits.{i}.grid."recovery.perturb.answer"=[5]' for i in range(3)),
-    *(f'audits.{i}.grid."recovery.schedule".0.stages.{stage}.steps={steps}'
-      for i in range(3) for stage, steps in ((0, 3), (1, 4))),
+    *(f'audits.{i}.grid."recovery.schedule".0.stages.{stage}.{field}'
+      for i in range(3) for stage in (0, 1) for field in ("steps=8", "lr=1.0")),
     *(f'audits.{i}.grid."recovery.schedule".0.checkpoint.every=2' for i in range(3)),
     'audits.0.controls=[]',
     'audits.0.grid."recovery.budget"=[{absolute=5.0}, {absolute=40.0}]',
@@ -408,6 +408,8 @@ def as_published(local: Local, tmp_path_factory: pytest.TempPathFactory) -> RunF
 
 @pytest.mark.slow
 def test_two_stages_have_a_norm_each(as_published: RunFolder) -> None:
+    """As published, where the vectors of both came to √2 · 40; and refusal goes away."""
+    back = {}
     for record in trials(as_published, "advbench-published"):
         budget = record["trial"]["recovery"]["budget"]["absolute"]
         made = tensors_of(as_published, record)
@@ -418,6 +420,13 @@ def test_two_stages_have_a_norm_each(as_published: RunFolder) -> None:
         assert (anchor > 0).all() and (answer > 0).all()
         assert (anchor <= budget * 1.001).all() and (answer <= budget * 1.001).all()
         assert record["result"]["checks"]["promise"] == "nothing"
+        stages = record["result"]["funnel"]["stages"]
+        back[record["trial"]["recovery"]["constraint"]["kind"], budget] = stages["recovered"]
+        if record["trial"]["recovery"]["constraint"]["kind"] == "jacobian_probes":
+            together = (anchor.square() + answer.square()).sqrt()
+            assert together.max() > 1.4 * budget, "both stages go to their bounds"
+    for kind in ("unconstrained", "jacobian_probes"):
+        assert back[kind, 5.0] < back[kind, 40.0], back
 
 
 @pytest.mark.slow
