@@ -116,6 +116,11 @@ class RecoverySpec(Config):
         return self
 
     @property
+    def adapted(self) -> str:
+        """In what this is not the published search its constraint is kept for, "" for nothing."""
+        return self.constraint.adapted(self.schedule is not None)
+
+    @property
     def pace(self) -> tuple[float | str, ...]:
         """How long a search is: what searches that share their steps have in common."""
         return (

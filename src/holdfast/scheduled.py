@@ -111,13 +111,24 @@ def follow(stack: Stack, schedule: Schedule, rows: Tensor, best: Best, trace: Tr
     for own, (ended, noted) in zip(
         rows.split([len(e.margin) for e, _ in parts]), parts, strict=True
     ):
-        trace += [entry.to("cpu") for entry in noted]
+        trace += _reached_once([entry.to("cpu") for entry in noted])
         best.keep(own, ended.delta, ended.margin)
         best.steps[own] = schedule.steps
         best.count(own, torch.full_like(own, schedule.steps + 1))
         back = ended.margin > 0
         for row, ok, bad in zip(own.tolist(), back, ended.diverged, strict=True):
             best.outcomes[row] = "recovered" if ok else "diverged" if bad else "undecided"
+
+
+def _reached_once(noted: Trace) -> Trace:
+    """The entries of a piece with every row reaching its goal once, though none leaves for it."""
+    out: Trace = []
+    before = torch.zeros(0, dtype=torch.bool)
+    for entry in noted:
+        before = before if len(before) else torch.zeros_like(entry.reached)
+        out.append(replace(entry, reached=entry.reached & ~before))
+        before = before | entry.reached
+    return out
 
 
 def _followed(stack: Stack, schedule: Schedule, rows: Tensor, watch: Watch, noted: Trace) -> Ended:

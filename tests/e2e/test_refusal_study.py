@@ -34,8 +34,8 @@ from holdfast.store import RunFolder
 from holdfast.study import bundled, parse
 from holdfast.subject import Subject
 from holdfast.testing import fitted_sae
-from tests.e2e.cli import Said, holdfast
-from tests.e2e.test_studies import write_gemma_scope
+from tests.e2e.cli import Said, holdfast, write
+from tests.e2e.test_studies import beside, unfilled, write_gemma_scope
 
 pytestmark = pytest.mark.e2e
 
@@ -183,6 +183,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Local:
     sets = {
         "advbench": write_set(path / "advbench.csv", "prompt", asked[120:180]),
         "harmbench": write_set(path / "harmbench.csv", "prompt", asked[180:240], category="new"),
+        "jailbreakbench": write_set(path / "jbb.csv", "Goal", asked[240:300], Category="new"),
         "alpaca": write_set(path / "alpaca.csv", "instruction", answered[200:260], input=""),
         "xstest": write_set(path / "xstest.csv", "prompt", answered[300:340], type="homonyms",
                             label="safe"),
@@ -199,16 +200,26 @@ def write_set(path: Path, column: str, rows: Sequence[tuple[str, str]], **more: 
 
 
 def preset(local: Local, name: str) -> str:
-    only = ', only = "safe"' if name == "xstest" else ""
+    part = {"xstest": "safe", "jailbreakbench": "harmful"}.get(name)
+    only = f', only = "{part}"' if part else ""
     file = f'{{ kind = "file", path = "{local.sets[name]}" }}'
     return f'{{ kind = "preset", name = "{name}"{only}, source = {file} }}'
 
 
 STUDY = tomllib.loads(bundled("gemma-2-2b-it-refusal"))
-AUDITS = STUDY["audits"]
+PUBLISHED = ("advbench-published", "harmbench-published", "layer-11")
+AUDITS = [audit for audit in STUDY["audits"] if audit["name"] not in PUBLISHED]
+AS_PUBLISHED = [audit for audit in STUDY["audits"] if audit["name"] in PUBLISHED]
 
 
-def overrides(local: Local, *more: str) -> list[str]:
+def study_of(audits: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """The bundled study with some of its audits."""
+    return write(folder / "study.toml", STUDY | {"audits": list(audits)})
+
+
+def overrides(
+    local: Local, *more: str, audits: Sequence[dict[str, Any]] = tuple(AUDITS)
+) -> list[str]:
     """The study with local files and smaller numbers; what is audited stays as it is."""
     saes = [
         f'{{ site = "{Site(layer + 1)}", source = {{ kind = "folder", path = "{at}" }} }}'
@@ -219,7 +230,7 @@ def overrides(local: Local, *more: str) -> list[str]:
         "data.tune=2", "data.test=8", "recovery.steps=8", "recovery.refine_steps=2",
         "recovery.tolerance=0.3", "recovery.doublings=1", *more,
     ]  # fmt: skip
-    for i, audit in enumerate(AUDITS):
+    for i, audit in enumerate(audits):
         here = f"audits.{i}"
         for role in ("source", "refused", "benign"):
             if role in audit["behavior"]:
@@ -228,8 +239,12 @@ def overrides(local: Local, *more: str) -> list[str]:
         sets += [
             f"{here}.behavior.n_forced=6", f"{here}.behavior.max_new_tokens=18",
             f'{here}.behavior.comply_opening="to"', f'{here}.behavior.refuse_opening="i"',
-            f'{here}.discovery.file="{local.features}"', f'{here}.intervention.positions="prompt"',
+            f'{here}.intervention.positions="prompt"',
         ]  # fmt: skip
+        if audit["discovery"]["kind"] == "given":
+            sets.append(f'{here}.discovery.file="{local.features}"')
+        if "subject" in audit:
+            sets += [f'{here}.subject.model="{local.model}"', f"{here}.subject.saes=[{saes[1]}]"]
     return [part for value in sets for part in ("--set", value)]
 
 
@@ -252,8 +267,9 @@ FEW = [
 @pytest.fixture(scope="module")
 def run(local: Local, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Said]:
     """The study, run and reported from the command line."""
-    out = tmp_path_factory.mktemp("run") / "run"
-    said = holdfast("run", "gemma-2-2b-it-refusal", "--out", out, *overrides(local, *FEW))
+    folder = tmp_path_factory.mktemp("run")
+    study, out = study_of(AUDITS, folder), folder / "run"
+    said = holdfast("run", study, "--out", out, *overrides(local, *FEW))
     assert said.code == 0, said.err
     return RunFolder.read(out), said
 
@@ -358,10 +374,105 @@ def test_without_a_chat_template_nothing_is_run(local: Local, tmp_path: Path) ->
     (model / "chat_template.jinja").unlink()
     out = tmp_path / "run"
     sets = overrides(local._replace(model=model), *FEW)
-    said = holdfast("run", "gemma-2-2b-it-refusal", "--out", out, *sets)
+    said = holdfast("run", study_of(AUDITS, tmp_path), "--out", out, *sets)
     assert said.code == 2 and "base has no chat template" in said.err
     assert "chat_template.jinja" in said.err, "what to do"
     assert not list(out.glob("trials/*"))
+
+
+# --- As published ---------------------------------------------------------------------------------
+
+SHORT = [
+    'controls=[]',
+    *(f'audits.{i}.grid."recovery.perturb.answer"=[5]' for i in range(3)),
+    *(f'audits.{i}.grid."recovery.schedule".0.stages.{stage}.{field}'
+      for i in range(3) for stage in (0, 1) for field in ("steps=8", "lr=1.0")),
+    *(f'audits.{i}.grid."recovery.schedule".0.checkpoint.every=2' for i in range(3)),
+    'audits.0.controls=[]',
+    'audits.0.grid."recovery.budget"=[{absolute=5.0}, {absolute=40.0}]',
+    *(f'audits.0.attacks.{i}.{field}' for i in (0, 1)
+      for field in ("n_tokens=2", "steps=4", 'placeholder="."')),
+    'audits.2.grid."discovery.n_features"=[1, 3]',
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def as_published(local: Local, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The published search and sweeps, with few steps and points."""
+    folder = tmp_path_factory.mktemp("published")
+    study, out = study_of(AS_PUBLISHED, folder), folder / "run"
+    said = holdfast("run", study, "--out", out, *overrides(local, *SHORT, audits=AS_PUBLISHED))
+    assert said.code == 0, said.err
+    return RunFolder.read(out)
+
+
+@pytest.mark.slow
+def test_two_stages_have_a_norm_each(as_published: RunFolder) -> None:
+    """As published, where the vectors of both came to √2 · 40; and refusal goes away."""
+    back = {}
+    for record in trials(as_published, "advbench-published"):
+        budget = record["trial"]["recovery"]["budget"]["absolute"]
+        made = tensors_of(as_published, record)
+        sites = [name for name in made if name.startswith("blocks.")]
+        assert len(sites) == len(LAYERS) and made["positions"].shape[1] == 6
+        anchor = torch.stack([made[site][:, :1] for site in sites]).square().sum((0, 2, 3)).sqrt()
+        answer = torch.stack([made[site][:, 1:] for site in sites]).square().sum((0, 2, 3)).sqrt()
+        assert (anchor > 0).all() and (answer > 0).all()
+        assert (anchor <= budget * 1.001).all() and (answer <= budget * 1.001).all()
+        assert record["result"]["checks"]["promise"] == "nothing"
+        stages = record["result"]["funnel"]["stages"]
+        back[record["trial"]["recovery"]["constraint"]["kind"], budget] = stages["recovered"]
+        if record["trial"]["recovery"]["constraint"]["kind"] == "jacobian_probes":
+            together = (anchor.square() + answer.square()).sqrt()
+            assert together.max() > 1.4 * budget, "both stages go to their bounds"
+    for kind in ("unconstrained", "jacobian_probes"):
+        assert back[kind, 5.0] < back[kind, 40.0], back
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, n_rows, apart",
+    [
+        ("refusal", 39, 1),  # features that were not released
+        ("budget", 30, 18),  # three of five budgets are not run here
+        ("k_sweep", 48, 42),  # ten of twelve numbers are not, and a measure of nothing
+    ],
+)
+def test_published_figures_are_beside_the_run(
+    as_published: RunFolder, tmp_path: Path, name: str, n_rows: int, apart: int
+) -> None:
+    found = beside(as_published.path, name, tmp_path)
+    assert len({(row.label, row.measure) for row in found}) == n_rows
+    without = {(row.label, row.measure) for row in found if not row.trial}
+    assert len(without) == apart
+    filled = [row for row in found if row.trial]
+    assert set(unfilled(filled)) <= {"drift_relative_mean", "drift_relative_median"}, filled
+    for row in filled:
+        if name == "budget":
+            assert row.trial.endswith(f"jacobian_probes, {row.label.replace(' ', '=')}.0")
+        if name == "k_sweep":
+            assert row.trial.startswith("layer-11, gradient_projection, n_features=")
+        if name == "refusal":
+            of = "harmbench" if "HarmBench" in row.label else "advbench"
+            assert row.trial.startswith(f"{of}-published, ")
+            assert ("suffix" in row.label) == ("soft_suffix" in row.trial)
+
+
+@pytest.mark.slow
+def test_published_rates_are_beside_every_strength(
+    run: tuple[RunFolder, Said], tmp_path: Path
+) -> None:
+    """2505.23556's: a set of prompts and a strength each, and never those of another set."""
+    store, _ = run
+    found = beside(store.path, "refusal-features", tmp_path)
+    for row in found:
+        own = row.trial.split(",")[0]
+        if "at 30" in row.label or "integrated" in row.label or row.label == "no intervention":
+            assert own in ("alpaca-set", "advbench-removed", "harmbench-removed",
+                           "jailbreakbench-removed")  # fmt: skip
+            assert row.ours is not None and row.ours.estimate is not None and row.ours.n == 8
+    removed = {row.trial.split(",")[0] for row in found if "integrated" in row.label}
+    assert len(removed) == 3, "a figure of one set is beside that set's audit"
 
 
 # --- The study file itself ------------------------------------------------------------------------
@@ -381,10 +492,13 @@ def test_the_circuit_is_at_the_sites_of_published_saes() -> None:
 
 def test_every_point_of_the_study_can_be_run(local: Local) -> None:
     """Its own grid, every audit with local files: each trial's configuration fits together."""
-    sets = [value for value in overrides(local)[1::2] if "n_forced" not in value]
+    sets = overrides(local, audits=STUDY["audits"])[1::2]
+    sets = [value for value in sets if "n_forced" not in value]
     sets = [value for value in sets if "max_new_tokens" not in value]
     study = parse(bundled("gemma-2-2b-it-refusal"), sets)
     made = plan(study).trials
-    assert {t.recovery.perturb.answer for t in made} == {0, 47}
+    searched = [t.recovery for t in made if t.recovery is not None]
+    assert {spec.perturb.answer for spec in searched} == {0, 47}
+    assert {spec.constraint.kind for spec in searched} >= {"jacobian_probes", "feature_hold"}
     assert {t.intervention.mode for t in made} == {"multiply", "set", "floor"}
     assert all(t.behavior.max_new_tokens >= 128 for t in made)

@@ -372,6 +372,14 @@ def test_passes_of_the_constraint_itself_are_said(whole: tuple[RunFolder, Plan])
     assert [row["repeats"] for row in shown] == [f"{least} to {most}"]
 
 
+def test_a_baseline_that_is_adapted_says_so_and_in_what(page: str) -> None:
+    """Where its constraint is kept for a published search, and nowhere else."""
+    drift = page.split('<section id="drift">')[1].split("</section>")[0]
+    rows = [row for row in drift.split("<tr")[1:] if '<span class="tag">adapted</span>' in row]
+    assert rows and all("<code>gradient_projection</code>" in row for row in rows)
+    assert "adapted from the published search: it looks for the smallest norm" in drift
+
+
 def test_features_that_came_on_again_are_counted(page: str) -> None:
     text = own(page)
     section = text[text.index('<section id="drift">') : text.index('<section id="steps">')]

@@ -91,6 +91,8 @@ def test_it_goes_on_where_the_goal_is_reached(one_layer: Problem) -> None:
     assert (staged.margin > one_layer.goal)[both].all()
     assert set(staged.outcomes) <= {"recovered", "undecided"}
     assert len(staged.trace) == 40 and staged.trace[-1]["n_searching"] == len(one_layer)
+    ever = int((staged.margin > one_layer.goal).sum())
+    assert ever <= staged.trace[-1]["n_reached"] <= len(one_layer), "a row reaches its goal once"
 
 
 def test_too_small_a_budget_is_undecided_and_never_held(one_layer: Problem) -> None:
@@ -229,6 +231,19 @@ def test_what_cannot_be_staged() -> None:
     spec("feature_hold", {"steps": 1, "lr": 0.1})
     with pytest.raises(ValidationError, match="stages"):
         spec("unconstrained")
+
+
+def test_what_is_adapted_is_said_until_it_is_as_published() -> None:
+    stage = {"steps": 1, "lr": 0.1}
+    assert spec("gradient_projection", stage).adapted == ""
+    plain = RecoverySpec.model_validate({"constraint": {"kind": "gradient_projection"}})
+    assert "smallest norm" in plain.adapted
+    probes = RecoverySpec.model_validate({"constraint": {"kind": "jacobian_probes"}})
+    assert "two stages" in probes.adapted and "discouraged openings" in probes.adapted
+    staged = spec("jacobian_probes", stage).adapted
+    assert "discouraged openings" in staged and "two stages" not in staged
+    own = RecoverySpec.model_validate({"constraint": {"kind": "encoder_null"}})
+    assert own.adapted == "", "nobody else's"
 
 
 def test_a_search_without_stages_is_called_what_it_was_called() -> None:

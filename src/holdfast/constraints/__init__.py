@@ -60,6 +60,11 @@ class ConstraintKind(Kind):
         measured too."""
         return self.promise == "active"
 
+    def adapted(self, staged: bool) -> str:
+        """In what a search under it is not the published one that it is kept for, "" for nothing or
+        for a constraint of this project. staged: searched by `recovery.schedule`."""
+        return ""
+
     def repeats(self, n_sites: int) -> tuple[int, int]:
         """How often a step runs the blocks from the lowest perturbed to the last held site beside
         its own pass, to keep the iterate where the constraint wants it: at least, at most. A pass

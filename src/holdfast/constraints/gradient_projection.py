@@ -64,6 +64,9 @@ class GradientProjection(ConstraintKind):
     def promise(self) -> Promise:
         return "nothing"
 
+    def adapted(self, staged: bool) -> str:
+        return "" if staged else "it looks for the smallest norm; published are fixed steps of Adam"
+
     @property
     def stepper(self) -> Adam:
         return Adam()

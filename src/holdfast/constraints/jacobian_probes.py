@@ -54,8 +54,7 @@ class Probed:
             codes = self._codes(leaf)
             moved = torch.cat([z.flatten(1) for z in self._moved(codes)], 1)  # [n M]
             drift = self._drift(codes)
-        # A slot without a gradient is not searched now, and no unknown of the Jacobian's.
-        searched = gradient.ne(0).any(2, keepdim=True)
+        searched = _searched(gradient)
         rows = [
             (searched * torch.autograd.grad(moved, leaf, probe, retain_graph=True)[0]).flatten(1)
             for probe in self._probes(moved.detach(), at.step)
@@ -72,12 +71,13 @@ class Probed:
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
         """Scaled into the ball; then a few plain steps down the drift, scaled after each."""
         delta = into_ball(delta, radius)
+        own = 1.0 if last.gradient is None else _searched(last.gradient)
         for _ in range(self.spec.correction_steps):
             leaf = delta.detach().clone().requires_grad_(True)
             with torch.enable_grad():
                 drift = self._drift(self._codes(leaf))
             (uphill,) = torch.autograd.grad(drift.sum(), leaf)
-            delta = into_ball(delta - self.spec.correction_lr * uphill, radius)
+            delta = into_ball(delta - self.spec.correction_lr * own * uphill, radius)
         return delta
 
     def _codes(self, delta: Tensor) -> list[Tensor]:
@@ -117,6 +117,12 @@ class Probed:
             drawn = torch.randn(self.spec.n_probes, int(own[lane].sum()), generator=generator)
             noise[:, lane, own[lane]] = drawn.to(noise.device)
         return [*probes, *(noise / noise.norm(dim=2, keepdim=True).clamp_min(1e-30))]
+
+
+def _searched(gradient: Tensor) -> Tensor:
+    """[n q 1] bool: a slot without a gradient is not searched now, and no unknown of the
+    Jacobian's."""
+    return gradient.ne(0).any(2, keepdim=True)
 
 
 def _orthonormal(rows: list[Tensor]) -> list[Tensor]:
@@ -160,6 +166,18 @@ class JacobianProbes(ConstraintKind):
         # The codes, and back for each probe, the present drift and its gradient; then corrections.
         passes = 1 + self.n_probes + 2 + 2 * self.correction_steps
         return passes, passes
+
+    def adapted(self, staged: bool) -> str:
+        always = (
+            "the last prompt token is monitored beside the answer's, and no term of the objective "
+            "holds discouraged openings down"
+        )
+        if staged:
+            return always
+        return (
+            "it looks for the smallest norm, up the study's objective; published are two stages of "
+            f"fixed steps and a rule for which iterate is kept; {always}"
+        )
 
     @property
     def stepper(self) -> Adam:

@@ -44,6 +44,7 @@ COORDINATES: dict[str, Callable[[Trial], Any]] = {
     "constraint": lambda trial: trial.label,
     "dataset": _dataset,
     "n_features": _n_features,
+    "layers": lambda trial: "one" if len(trial.subject.saes) == 1 else "several",
 }
 """Coordinates that are no path of a trial → how they are read from one."""
 
@@ -155,11 +156,13 @@ def _rows(own: Side, point: PublishedPoint) -> list[Beside]:
         values = [read(each) for each in found]
         ours = _pooled(values, [len(each.audited) for each in found], point.pooled == "prompts")
         told = tuple(dict.fromkeys(s for each in found for s in unlike(each, point.where)))
+        told += tuple(dict.fromkeys(s for each in found for s in _adapted(each)))
         update = {"trial": _names(found), "ours": ours, "unlike": told}
         return [bare.model_copy(update=update)]
     rows: dict[tuple[Value, tuple[str, ...]], list[Finished]] = {}
     for each in found:  # what is the same of several trials is said once
-        rows.setdefault((read(each), unlike(each, point.where)), []).append(each)
+        told = (*unlike(each, point.where), *_adapted(each))
+        rows.setdefault((read(each), told), []).append(each)
     return [
         bare.model_copy(
             update={
@@ -171,6 +174,12 @@ def _rows(own: Side, point: PublishedPoint) -> list[Beside]:
         )
         for (ours, told), same in rows.items()
     ]
+
+
+def _adapted(each: Finished) -> tuple[str, ...]:
+    """In what the search is not the published one that its constraint is kept for."""
+    spec = each.trial.recovery
+    return (f"adapted: {spec.adapted}",) if spec is not None and spec.adapted else ()
 
 
 def _names(found: Sequence[Finished]) -> str:

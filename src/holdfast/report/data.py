@@ -119,6 +119,11 @@ class Point:
         return MAY_MOVE.get(self.main.checks.get("promise", "nothing"), "")
 
     @property
+    def adapted(self) -> str:
+        """In what the search is not the published one of its constraint; empty for nothing."""
+        return self.main.recovery.adapted
+
+    @property
     def leaks(self) -> bool:
         """Features were to be held, and what that meant was broken: by its own promise where the
         constraint has one (a feature may rise above a floor), else by any move."""

@@ -44,7 +44,9 @@ def section(data: ReportData) -> Section:
         )  # fmt: skip
     context = {
         "rows": rows, "along": read, "again": again, "seen": seen, "drift": figures[0],
-        "trace": figures[1], "contrast": _contrast(data),
+        "trace": figures[1],
+        "contrast": _contrast(data),
+        "adapted": dict.fromkeys((p.constraint, p.adapted) for p in data.points if p.adapted),
     }  # fmt: skip
     return Section("drift", "Did the clamped features stay put?", context, figures)
 
