@@ -63,6 +63,16 @@ def test_the_demo_has_every_attack_a_monitored_suffix_and_a_dropped_error() -> N
     assert passed_on == {"none": {1.0, 0.5, 0.0}, "wrong_target": {1.0, 0.5, 0.0}}
 
 
+def test_the_demo_holds_a_refused_answers_tokens_by_the_true_jacobian() -> None:
+    """Behind a vector at the last token of the prompt, and beside its control."""
+    held = [
+        trial.control.kind
+        for trial in plan(parse(TEXT)).trials
+        if trial.audit == "induced_refusal" and trial.label == "jacobian_null"
+    ]
+    assert sorted(held) == ["none", "wrong_target"]
+
+
 def test_the_refusal_study_has_the_answers_tokens_beside_the_anchor_alone() -> None:
     trials = [t for t in plan(parse(bundled("refusal"))).trials if t.audit == "answer"]
     settings = {
