@@ -228,7 +228,7 @@ def test_an_exact_constraint_under_which_features_moved_decides_nothing() -> Non
     found = record(recovered=40)
     found["result"]["checks"]["preactivation_drift_max"] = 1e-3
     judged = judge(RULE, found, (compared(NORMS, scaled(3)),))
-    assert judged.verdict == "undecided" and "moved by 1.0e-03" in judged.sentence
+    assert judged.verdict == "undecided" and "moved by 0.001" in judged.sentence
     found["result"]["checks"]["exact"] = False  # a leaky one is expected to
     assert judge(RULE, found, (compared(NORMS, scaled(3)),)).verdict == "breached"
 
