@@ -89,12 +89,9 @@ class PublishedRefusalSearch:
         seen: list[Tensor] = []
 
         def edited(layer: int, sae: SAE, ids: Tensor, x: Tensor) -> Tensor:
-            z = sae.encode(x)
-            clamped = z.clone()
-            clamped[..., ids] = self.factor * z[..., ids]
-            x = sae.decode(clamped) + (x - sae.decode(z))
+            x = self.clamped(sae, ids, x)
             x = torch.cat([x[:, :-n_read], x[:, -n_read:] + delta[layer]], 1)
-            seen.append(sae.encode(x)[0, -n_read:, ids])
+            seen.append(self.encoded(sae, ids, x[0, -n_read:]))
             return x
 
         with ExitStack() as stack:
@@ -103,6 +100,17 @@ class PublishedRefusalSearch:
                 stack.enter_context(replaced_output(block, change))
             logits = self.model(input_ids=self.tokens, use_cache=False).logits
         return logits[0, -n_read:], seen
+
+    def clamped(self, sae: SAE, ids: Tensor, x: Tensor) -> Tensor:
+        """The residual [1 s d_model] with the features multiplied, by the whole SAE."""
+        z = sae.encode(x)
+        clamped = z.clone()
+        clamped[..., ids] = self.factor * z[..., ids]
+        return sae.decode(clamped) + (x - sae.decode(z))
+
+    def encoded(self, sae: SAE, ids: Tensor, x: Tensor) -> Tensor:
+        """Held codes [t k] of residuals [t d_model], out of all codes."""
+        return sae.encode(x)[..., ids]
 
     def _probes(self, moved: Tensor) -> list[Tensor]:
         probes = [moved / moved.norm()] if moved.norm() > 1e-8 else []
@@ -122,3 +130,15 @@ class PublishedRefusalSearch:
         length = float(self.delta.norm())
         if length > self.budget:
             self.delta *= self.budget / length
+
+
+class PartialRefusalSearch(PublishedRefusalSearch):
+    """The same search with the columns of its own features only: no full-width encode, and nothing
+    decoded but what the clamp adds (METHODS 0.2)."""
+
+    def clamped(self, sae: SAE, ids: Tensor, x: Tensor) -> Tensor:
+        z = self.encoded(sae, ids, x)
+        return x + (self.factor - 1) * z @ sae.W_dec[ids]
+
+    def encoded(self, sae: SAE, ids: Tensor, x: Tensor) -> Tensor:
+        return sae.encode(x, ids.tolist())

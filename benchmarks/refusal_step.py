@@ -6,31 +6,38 @@ products with the Jacobian and five corrections, each of them full passes with f
 holdfast: `feature_hold` on a batch, inside the replayed part. Both read the same logits and the
 same held features for the same perturbation, which is checked first.
 
-Where the factor comes from is measured alone: the same search on one prompt at a time (what is left
-is batching), and the published loop without probes and corrections (what its projection costs).
+Where the factor comes from is a chain of rows, each of which changes one thing of the row above it:
+the published loop with the columns of its own features only (partial encode); without its probes
+and corrections too (what its projection costs); holdfast's step by a full forward pass; the same
+step replayed (fewer token-layers); with the features held in place; and on all prompts at once
+(batching).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 
 import torch
+from torch import Tensor
 
 from benchmarks import published_refusal
 from benchmarks.harness import BenchmarkError, Bound, Cell, Options, Result, timings
-from benchmarks.published_refusal import PublishedRefusalSearch
+from benchmarks.published_refusal import PartialRefusalSearch, PublishedRefusalSearch
 from benchmarks.random_llama import Size, random_batch, random_model
 from holdfast.ascent import Climb, ascend
 from holdfast.batching import Batching
 from holdfast.constraints.feature_hold import FeatureHold
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.features import FeatureSet, SiteFeatures
-from holdfast.problem import Problem
+from holdfast.problem import Lanes, Problem
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
+from holdfast.steppers import Steepest
 from holdfast.subject import Subject
+from holdfast.subspace import into_ball
 from holdfast.testing import random_sae, tiny_tokenizer
 
 SPEEDUP = 40.0
@@ -52,9 +59,12 @@ QUICK = Size(
 def run(options: Options) -> Result:
     size = QUICK if options.quick else FULL
     problem, clamps = posed(size)
-    searches = published(problem, clamps)
-    error = disagreement(problem, clamps, searches)
-    turn, bare_turn = cycle(searches), cycle(searches)
+    searches = published(problem, clamps, PublishedRefusalSearch)
+    partials = published(problem, clamps, PartialRefusalSearch)
+    error = max(disagreement(problem, clamps, each) for each in (searches, partials))
+    turn, partial_turn = cycle(searches), cycle(partials)
+    bare_turn = cycle(published(problem, clamps, PartialRefusalSearch))
+    alone = problem.rows(torch.tensor([0]))
     held = FeatureHold().acting(problem)
     feasible = FeatureHold().feasible(held)
 
@@ -69,23 +79,29 @@ def run(options: Options) -> Result:
     everyone = torch.arange(size.prompts)
     calls: dict[str, tuple[int, int, Callable[[], object]]] = {
         "published loop": (1, 1, lambda: next(turn).step()),
-        "published loop, no probes, no corrections": (1, 1, lambda: _bare(next(bare_turn))),
+        "the same, partial encode": (1, 1, lambda: next(partial_turn).step()),
+        "the same, no probes, no corrections": (1, 1, lambda: _bare(next(bare_turn))),
+        "full forward pass, one prompt": (1, 1, _Step(alone, partial(full_margin, alone, clamps))),
+        "replay, one prompt": (1, 1, _Step(alone, Lanes.of(alone, torch.tensor([0])).margin)),
         "feature_hold, one prompt": (1, STEPS + 1, ours(everyone[:1])),
         "feature_hold, batched": (size.prompts, STEPS + 1, ours(everyone)),
     }
     found = timings({name: call for name, (_, _, call) in calls.items()}, size.repeats)
     speed = {name: n * k / found[name].median for name, (n, k, _) in calls.items()}
     best = speed["feature_hold, batched"]
-    rows: list[tuple[Cell, ...]] = [
-        (name, n, 1e3 * found[name].median / k, speed[name], best / speed[name])
-        for name, (n, k, _) in calls.items()
-    ]
+    rows: list[tuple[Cell, ...]] = []
+    before: float | None = None
+    for name, (n, k, _) in calls.items():
+        over = None if before is None else speed[name] / before
+        rows.append((name, n, 1e3 * found[name].median / k, speed[name], over, best / speed[name]))
+        before = speed[name]
     bounds = [Bound("largest difference of logits and features", error, PARITY, False)]
     if not options.quick:
         faster = best / speed["published loop"]
         bounds.append(Bound("feature_hold over the published loop", faster, SPEEDUP, True, "times"))
     return Result(
-        columns=("one step", "prompts", "median ms", "prompts a second", "slower than the last by"),
+        columns=("one step", "prompts", "median ms", "prompts a second", "times the row above it",
+                 "slower than the last by"),
         rows=tuple(rows),
         bounds=tuple(bounds),
         settings={
@@ -98,8 +114,10 @@ def run(options: Options) -> Result:
             "prompt_tokens": size.tokens,
             "answer_tokens": ANSWER,
             "repeats": size.repeats,
+            "token_layers_in_full": size.n_layers * (size.tokens + ANSWER - 1),
+            "token_layers_replayed": (size.n_layers - LAYERS[0] - 1) * ANSWER,
         },
-    )
+    )  # fmt: skip
 
 
 def posed(size: Size) -> tuple[Problem, tuple[FeatureEdit, ...]]:
@@ -131,7 +149,9 @@ def posed(size: Size) -> tuple[Problem, tuple[FeatureEdit, ...]]:
     return Problem(replay, batch, goal, banks, reference, 0.25 * reference), edits
 
 
-def published(problem: Problem, edits: tuple[FeatureEdit, ...]) -> list[PublishedRefusalSearch]:
+def published(
+    problem: Problem, edits: tuple[FeatureEdit, ...], kind: type[PublishedRefusalSearch]
+) -> list[PublishedRefusalSearch]:
     """The published search on each prompt."""
     subject, batch = problem.replay.subject, problem.batch
     blocks = subject.family.blocks_of(subject.model)
@@ -142,7 +162,7 @@ def published(problem: Problem, edits: tuple[FeatureEdit, ...]) -> list[Publishe
         clamps[blocks[site.layer]] = (subject.sae(site).full(), ids)
     assert batch.forced is not None
     return [
-        PublishedRefusalSearch(subject.model, clamps, FACTOR, tokens, answer, radius)
+        kind(subject.model, clamps, FACTOR, tokens, answer, radius)
         for tokens, answer, radius in zip(
             batch.tokens, batch.forced, problem.radius.tolist(), strict=True
         )
@@ -159,22 +179,52 @@ def disagreement(
     generator = torch.Generator().manual_seed(2)
     delta = torch.randn(problem.shape, generator=generator)
     delta = delta / delta.norm(dim=(1, 2), keepdim=True) * problem.radius[:, None, None]
-    parts = replay.parts(delta)
     ours = replay.logits(delta)
     if (ours - replay.logits(torch.zeros_like(delta))).abs().max() < 1e-2:
         raise BenchmarkError("the perturbation hardly moves a logit")
     states = replay.states(delta, replay.sites)
-    positions = batch.prompt_length[:, None] - 1 + torch.arange(ANSWER)
-    full = replay.subject.read(batch, (*edits, Perturbation(batch.ids, positions, parts)))
-    worst = float((ours - full).abs().max())
+    full = replay.subject.read(batch, (*edits, _pushed(problem, delta)))
+    margins = Lanes.of(problem, torch.arange(len(problem))).margin(delta)
+    worst = float((margins - full_margin(problem, edits, delta)).abs().max())
+    worst = max(worst, float((ours - full).abs().max()))
     for row, search in enumerate(searches):
-        logits, codes = search.run(torch.stack([part[row] for part in parts.values()]))
+        logits, codes = search.run(
+            torch.stack([part[row] for part in replay.parts(delta).values()])
+        )
         worst = max(worst, float((logits - ours[row]).abs().max()))
         for edit, z in zip(edits, codes, strict=True):
             (site,) = edit.sites
             mine = edit.bank.activations(states[site], replay.frame)[row]
             worst = max(worst, float((z - mine).abs().max() / z.abs().max().clamp_min(1e-6)))
     return worst
+
+
+def full_margin(problem: Problem, edits: tuple[FeatureEdit, ...], delta: Tensor) -> Tensor:
+    """[n] the margin of a full forward pass with clamps and perturbation on."""
+    subject, batch = problem.replay.subject, problem.batch
+    return batch.margin(subject.forward_with_gradients(batch, (*edits, _pushed(problem, delta))))
+
+
+def _pushed(problem: Problem, delta: Tensor) -> Perturbation:
+    batch = problem.batch
+    positions = batch.prompt_length[:, None] - 1 + torch.arange(ANSWER)
+    return Perturbation(batch.ids, positions, problem.replay.parts(delta))
+
+
+class _Step:
+    """A step that holds nothing, for a way to compute the margin."""
+
+    def __init__(self, problem: Problem, margin: Callable[[Tensor], Tensor]):
+        self.radius, self.margin, self.stepper = problem.radius, margin, Steepest()
+        self.delta = torch.zeros(problem.shape)
+        self.state = self.stepper.start(self.delta)
+
+    def __call__(self) -> None:
+        leaf = self.delta.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(self.margin(leaf).sum(), leaf)
+        move, self.state = self.stepper.move(self.state, gradient)
+        moved = self.delta.detach() + (0.1 * self.radius)[:, None, None] * move
+        self.delta = into_ball(moved, self.radius)
 
 
 def _bare(search: PublishedRefusalSearch) -> None:

@@ -24,6 +24,7 @@ from holdfast.second_opinions import opinions_of, rates_of
 from holdfast.setting import Setting
 from holdfast.strata import by_depth
 from holdfast.unclamped import NOT_AHEAD, Unclamped
+from holdfast.undone import Undone
 
 _UNITS = {
     "clean_answer_nll": "nats a token",
@@ -45,7 +46,8 @@ _REASONS = {
 @dataclass(frozen=True)
 class Found:
     """Everything a trial made on the way. turned [n]: margin in the other order of clamp and
-    perturbation; bare: what the perturbation does without the clamp."""
+    perturbation; undone: what of it takes the clamp back, alone and left out; bare: what the
+    perturbation does without the clamp."""
 
     setting: Setting
     case: Case
@@ -55,6 +57,7 @@ class Found:
     turned: Tensor
     promise: Promise
     regained: Regained
+    undone: Undone
     paths: Paths | None = None
     bare: Unclamped | None = None
 
@@ -106,6 +109,7 @@ def result_of(found: Found) -> dict[str, Any]:
                 clusters, NOT_AHEAD,
             )
         )  # fmt: skip
+    measurements += found.undone.measurements
     measurements += _neighbors(setting)
     tried = setting.test.clusters
     measurements.append(rate("clean_rate", setting.clean, tried))
@@ -180,6 +184,7 @@ def result_of(found: Found) -> dict[str, Any]:
             "other_order_margin_max": _largest((found.turned - checks.margin).abs()),
             "replay_error": _largest((checks.margin - recovery.margin.double()).abs()),
         },
+        "undo": found.undone.record,
         "labels": _labels(found),
         "opinions": opinions_of(setting, regained),
         "readout": case.batch.readout.facts,

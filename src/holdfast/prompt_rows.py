@@ -17,11 +17,12 @@ from holdfast.found import Found
 from holdfast.funnel import dropped_of
 from holdfast.second_opinions import labels_of
 from holdfast.setting import Setting
+from holdfast.undone import COLUMNS
 
 _COLUMNS = (
     *(f.name for f in fields(Checks)), "smallest_norm", "smallest_norm_relative",
     "closed_form_norm", "goal", "steps", "lane_steps", "null_dimension",
-    "margin_other_order", "margin_unclamped",
+    "margin_other_order", "margin_unclamped", *COLUMNS,
 )  # fmt: skip
 
 
@@ -78,6 +79,7 @@ def examples_of(found: Found) -> list[dict[str, Any]]:
     columns |= regained.measured
     if found.bare is not None:
         columns["margin_unclamped"] = found.bare.margin
+    columns |= found.undone.columns(len(case.rows))
     columns["steps"] = recovery.steps.double()
     columns["lane_steps"] = recovery.lane_steps.double()
     columns["null_dimension"] = recovery.null_dimension.double()

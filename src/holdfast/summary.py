@@ -77,10 +77,10 @@ def judgement(plan: Plan, store: RunFolder, trial: Trial, done: Sequence[Trial])
     """The verdict on an audit's trial, read beside its controls."""
     rule = plan.study.verdict
     audited = store.examples(trial.id)
-    separations: list[Separation] = [
-        separation(rule, kind, audited, store.examples(other.id))
-        for kind, other in siblings(trial, done).items()
-    ]
+    separations: list[Separation] = []
+    for kind, other in siblings(trial, done).items():
+        texts = store.load(other.id)["result"].get("forced_text")
+        separations.append(separation(rule, kind, audited, store.examples(other.id), texts))
     return judge(rule, store.load(trial.id), separations)
 
 

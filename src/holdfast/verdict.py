@@ -48,6 +48,7 @@ class Separation(Config):
     if that is not finite. share_dearer: share of n_pairs where the control costs more. compared:
     whether the goal was reached at all, by either, on some shared prompt. dearer: the ratio is at
     least the rule's; separated: and its interval excludes 1, and that of share_dearer one half.
+    n_no_answers: prompts on which the control forces text that answers no prompt.
     """
 
     control: str
@@ -62,6 +63,7 @@ class Separation(Config):
     dearer: bool
     separated: bool
     sentence: str
+    n_no_answers: int = 0
 
 
 class Judgement(Config):
@@ -75,8 +77,17 @@ class Judgement(Config):
 Rows = Sequence[Mapping[str, Any]]
 
 
-def separation(rule: VerdictRule, control: str, audit: Rows, other: Rows) -> Separation:
-    """Compare the smallest norms of a control with the audit's, prompt by prompt."""
+def separation(
+    rule: VerdictRule,
+    control: str,
+    audit: Rows,
+    other: Rows,
+    forced_text: Mapping[str, int] | None = None,
+) -> Separation:
+    """Compare the smallest norms of a control with the audit's, prompt by prompt.
+
+    forced_text: kind of text → prompts that the control forces such text on, where it forces text.
+    """
     right = _norms(audit)
     forced = _norms(other)
     shared = [example for example in right if example in forced]
@@ -86,12 +97,14 @@ def separation(rule: VerdictRule, control: str, audit: Rows, other: Rows) -> Sep
     clusters = [cluster_of[e] for e in shared]
     reached = np.isfinite(a) | np.isfinite(b)
     n_forced = int(np.isfinite(a).sum())
+    texts = forced_text or {}
+    n_texts, n_no_answers = sum(texts.values()), texts.get("instruction", 0)
     if not reached.any():
         why = "no goal was reached, with it or without" if shared else "no prompt is valid in both"
         return Separation(
             control=control, ratio=None, low=None, high=None, share_dearer=None,
             n_pairs=len(shared), n_clusters=len(set(clusters)), n_forced=0, compared=False,
-            dearer=False, separated=False,
+            dearer=False, separated=False, n_no_answers=n_no_answers,
             sentence=f"{control.replace('_', ' ')}: {why}",
         )  # fmt: skip
     a, b = a[reached], b[reached]
@@ -120,8 +133,20 @@ def separation(rule: VerdictRule, control: str, audit: Rows, other: Rows) -> Sep
         separated=bool(separated),
         sentence=(
             f"{control.replace('_', ' ')}: {text}, dearer on {percent(dearer.estimate)} of "
-            f"{dearer.n} prompt{'s' if dearer.n != 1 else ''}"
+            f"{dearer.n} prompt{'s' if dearer.n != 1 else ''}" + _no_answers(n_no_answers, n_texts)
         ),
+        n_no_answers=n_no_answers,
+    )
+
+
+def _no_answers(n: int, n_all: int) -> str:
+    """What to think of a cost that is not an answer's."""
+    if not n:
+        return ""
+    where = "everywhere" if n == n_all else f"on {n} of {n_all}"
+    return (
+        f"; what is forced {where} is the end of another prompt's instruction and no answer, so "
+        "the ratio is an upper bound"
     )
 
 
@@ -185,7 +210,8 @@ def judge(
         )
     else:
         verdict = "breached"
-        why = f", and an answer that is not there costs more ({wrong.sentence})"
+        what = "text" if wrong.n_no_answers else "an answer"
+        why = f", and {what} that is not there costs more ({wrong.sentence})"
     for caveat in separations:
         if verdict == "breached" and caveat.control == CAVEAT and not caveat.separated:
             why += (

@@ -32,6 +32,7 @@ from holdfast import (
 from holdfast.controls import Case
 from holdfast.executor import load_lab
 from holdfast.saes.bank import FeatureBank
+from holdfast.undone import COLUMNS as UNDONE
 from tests.e2e.cli import Said, files_of, holdfast, small_study, write
 
 pytestmark = pytest.mark.e2e
@@ -107,6 +108,28 @@ def test_the_report_is_one_file_and_is_named(finished: tuple[Path, Said]) -> Non
     assert html.lstrip().lower().startswith("<!doctype html")
     loads = re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']([^\"'#]+)", html)
     assert [target for target in loads if not target.startswith("data:")] == []
+
+
+def test_every_search_says_what_takes_the_clamp_back_does_alone_and_left_out(
+    finished: tuple[Path, Said],
+) -> None:
+    """Of its recovered prompts, and with rates that its own columns say."""
+    folder, _ = finished
+    some = 0
+    for id_, record in records_of(folder).items():
+        told = {m["name"]: m for m in record["result"]["measurements"]}
+        rows = [row for row in audited(folder, id_) if row["recovered"]]
+        assert record["result"]["undo"]["n"] == len(rows)
+        assert (told["undo.whole.rate"]["estimate"] or 1) == 1, "recovered is a margin above 0 here"
+        for name in UNDONE:
+            values = np.array([row[name] for row in rows], dtype=float)
+            values = values[~np.isnan(values)]
+            rate = told[f"{name}.rate"]
+            assert rate["n"] == len(values) and told[f"{name}.margin"]["n"] == len(values)
+            if len(values):
+                assert rate["estimate"] == pytest.approx(float((values > 0).mean()))
+                some += 1
+    assert some >= 3 * len(UNDONE)
 
 
 def test_the_table_shows_every_verdict(finished: tuple[Path, Said]) -> None:

@@ -143,6 +143,40 @@ def test_a_control_says_why_it_searches_fewer_prompts(
     assert set(case.dropped) == {batch.ids[0]}
 
 
+@pytest.mark.parametrize("control", [WrongTarget(), NoClamp()])
+@pytest.mark.parametrize(
+    ("answers", "kinds"),
+    [
+        (ANSWERS, {"answer": len(ANSWERS), "instruction": 0}),
+        ([[7, 9]] * len(ANSWERS), {"answer": 0, "instruction": len(ANSWERS)}),
+        # One answer of another length: the others, all alike, have only it to force.
+        ([[7, 9, 8], *[[7, 9]] * (len(ANSWERS) - 1)], {"answer": 0, "instruction": len(ANSWERS)}),
+        ([[6, 9, 8], *[[7, 9]] * (len(ANSWERS) - 1)],
+         {"answer": len(ANSWERS) - 1, "instruction": 1}),
+    ],
+)  # fmt: skip
+def test_a_control_says_what_kind_of_text_it_forces_on_how_many(
+    subject: Subject, batch: Batch, features: FeatureSet, clamp: FeatureEdit, control: Any,
+    answers: list[list[int]], kinds: dict[str, int],
+) -> None:  # fmt: skip
+    forced, n = batch.forcing(answers), len(batch)
+    setting = Setting(
+        subject=subject, features=features, intervention=Clamp(mode="set", value=1.0),
+        edits=(clamp,), sizes={}, test=forced, clean_margin=torch.ones(n),
+        suppressed_margin=-torch.ones(n), suppressed_answer=torch.zeros(n, dtype=torch.long),
+        neighbors={},
+    )  # fmt: skip
+    case = control.case(setting, lambda: setting)
+    assert len(case.rows) == n and case.measured == {"forced_text": kinds}
+    texts = [text.tolist() for text in batch.tokens]
+    for row, other in enumerate(case.batch.forced.tolist()):
+        own = [token for token in other if token >= 0]
+        ends = any(text[-len(own) :] == own for i, text in enumerate(texts) if i != row)
+        assert ends or kinds["answer"], "an instruction's end is one"
+    single = replace(setting, test=batch)
+    assert control.case(single, lambda: single).measured == {}, "one token is a wrong answer"
+
+
 # ------------------------------------------------------------------------------ on the organism
 
 

@@ -20,13 +20,14 @@ from holdfast.canonical import SCHEMA
 from holdfast.constraints.jacobian_null import JacobianNull
 from holdfast.finding import Finding
 from holdfast.planning import Plan
-from holdfast.report import norms, write_picture, write_report
+from holdfast.report import drift, norms, write_picture, write_report
 from holdfast.report.data import gather
 from holdfast.report.figures import script_safe
 from holdfast.report.known_answer import findings
 from holdfast.store import RunFolder
 from holdfast.study import Study
 from holdfast.trial import SAEIdentity, SubjectIdentity, Trial
+from holdfast.undone import ARMS, FORCED, LEADS, WHOLE
 
 SITE = "blocks.1.hook_resid_post"
 CONSTRAINTS = ("unconstrained", "gradient_projection", "encoder_null")
@@ -165,6 +166,12 @@ def make_record(
         measurement("none_reactivated_rate", recovered / n, n),
         measurement("lane_steps", 151.5, n, 4.0),
     ]
+    for name in (WHOLE, *ARMS):
+        alone = name.endswith(".alone")
+        measurements += [
+            measurement(f"undo.{name}.rate", 0.1875 if alone else 0.9375, recovered),
+            measurement(f"undo.{name}.margin", -1.5 if alone else 2.25, recovered, 0.5),
+        ]
     if trial.control.kind == "none":
         measurements.append(measurement("gain_unclamped", 0.125, n, 0.0625))
     if fake.neighbors:
@@ -208,11 +215,18 @@ def make_record(
                 "reactivated_within_eligible": 5 / (2 * n - 3),
                 "reactivated_mass_mean": 0.0375,
                 "decode_drift_mean": 0.52,
+                "undo_cosine_mean": 0.21,
+                "decoder_share_mean": 0.08,
                 "gate_flips": 0 if constraint == "encoder_null" else 17,
                 "norm_relative_max": 0.5,
                 "budget_relative": 0.5,
                 "null_dimension": 112,
                 "replay_error": 2e-6,
+            },
+            "undo": {
+                "n": recovered,
+                "read": FORCED if trial.audit == "mcq" else LEADS,
+                "reason": "" if recovered else "no prompt was recovered",
             },
             "features": {
                 "entries": [
@@ -387,6 +401,37 @@ def test_features_that_came_on_again_are_counted(page: str) -> None:
     n = 19  # of 24 prompts five are not audited
     rows = re.findall(rf"<td>{2 * n - 3} of {2 * n}</td><td>14%</td><td>6%", section)
     assert len(rows) == len(FAKES) * len(CONSTRAINTS)
+
+
+def test_what_takes_the_clamp_back_is_told_of_every_search_that_recovered(
+    whole: tuple[RunFolder, Plan], page: str
+) -> None:
+    """Alone and left out, in both readings, beside the vector itself; of text with a mark."""
+    text = own(page)
+    section = text[text.index('<section id="drift">') : text.index('<section id="steps">')]
+    rows = re.findall(
+        r"<td>(\d+)(\*?)</td><td>0.21</td><td>8%</td>\n(.*?)</tr>", section, re.DOTALL
+    )
+    points = gather(*whole).points
+    recovering = [point for point in points if point.main.row["n_recovered"]]
+    assert len(rows) == len(recovering) < len(points)
+    assert [bool(mark) for _, mark, _ in rows].count(True) == len(CONSTRAINTS)
+    for n, _, cells in rows:
+        assert int(n) > 0
+        led = re.findall(r"<td>(\d+%).*?<br>(\S+)", cells)
+        assert [rate for rate, _ in led] == ["94%", "19%", "94%", "19%", "94%"]
+        assert led[0][1] == led[2][1] != led[1][1]
+
+
+def test_records_from_before_it_was_replayed_have_no_such_table(
+    whole: tuple[RunFolder, Plan],
+) -> None:
+    data = gather(*whole)
+    arm = data.points[0].main
+    result = {name: value for name, value in arm.result.items() if name != "undo"}
+    old = replace(arm, record={**arm.record, "result": result})
+    audit = replace(data.audits[0], points=(replace(data.points[0], main=old, controls=()),))
+    assert drift.section(replace(data, audits=(audit,))).context["undone"] == []
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:

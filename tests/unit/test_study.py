@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import tomllib
+from math import prod
 from pathlib import Path
 
 import pytest
 
+from holdfast.attacks import ATTACKS
+from holdfast.attacks.soft_suffix import SoftSuffix
 from holdfast.canonical import trial_id
 from holdfast.errors import StudyError
 from holdfast.planning import plan
@@ -29,14 +32,58 @@ def test_trials_are_audits_times_points_times_controls() -> None:
     expected = 0
     for audit in study.audits:
         grid = study.grid_of(audit.name)
-        assert all(len(v) == 1 for path, v in grid.items() if not path.endswith("constraint.kind"))
-        points = grid["recovery.constraint.kind"]
         controls = study.controls if audit.controls is None else audit.controls
-        for point in points:
-            expected += 1 + sum(not c.only_with or point in c.only_with for c in controls)
-        expected += len(study.attacks if audit.attacks is None else audit.attacks)
+        beside = prod(len(v) for path, v in grid.items() if not path.startswith("recovery."))
+        others = prod(len(v) for path, v in grid.items() if not path.endswith("constraint.kind"))
+        for constraint in grid["recovery.constraint.kind"]:
+            own = 1 + sum(not c.only_with or constraint in c.only_with for c in controls)
+            expected += others * own
+        expected += beside * len(study.attacks if audit.attacks is None else audit.attacks)
     assert len(planned.trials) == expected
     assert len({trial.id for trial in planned.trials}) == expected
+
+
+def test_the_demo_has_every_attack_a_monitored_suffix_and_a_dropped_error() -> None:
+    """Each beside what it is to be compared with: no monitor, and the error kept."""
+    trials = plan(parse(TEXT)).trials
+    tried = {trial.attack.kind for trial in trials}
+    assert tried == set(ATTACKS.builtin)
+    suffixes = [t for t in trials if isinstance(t.attack, SoftSuffix)]
+    weights = [(t.audit, t.attack.weight) for t in suffixes if isinstance(t.attack, SoftSuffix)]
+    assert {weight for _, weight in weights} >= {0.0} and max(w for _, w in weights) > 0
+    assert len({audit for audit, _ in weights}) == 1, "on the same prompts"
+    passed_on = {
+        kind: {
+            trial.intervention.error_term.scale
+            for trial in trials
+            if trial.audit == "error_term" and trial.control.kind == kind
+        }
+        for kind in ("none", "wrong_target")
+    }
+    assert passed_on == {"none": {1.0, 0.5, 0.0}, "wrong_target": {1.0, 0.5, 0.0}}
+
+
+def test_the_demo_holds_a_refused_answers_tokens_by_the_true_jacobian() -> None:
+    """Behind a vector at the last token of the prompt, and beside its control."""
+    held = [
+        trial.control.kind
+        for trial in plan(parse(TEXT)).trials
+        if trial.audit == "induced_refusal" and trial.label == "jacobian_null"
+    ]
+    assert sorted(held) == ["none", "wrong_target"]
+
+
+def test_the_refusal_study_has_the_answers_tokens_beside_the_anchor_alone() -> None:
+    trials = [t for t in plan(parse(bundled("refusal"))).trials if t.audit == "answer"]
+    settings = {
+        (t.recovery.constraint.kind, t.recovery.perturb.answer, t.control.kind)
+        for t in trials
+        if t.recovery is not None and t.recovery.perturb.positions == "last_prompt"
+    }
+    for constraint in ("unconstrained", "encoder_null"):
+        for control in ("none", "wrong_target"):
+            at = {n for name, n, kind in settings if (name, kind) == (constraint, control)}
+            assert 0 in at and max(at) > 0
 
 
 def test_a_trial_is_identified_by_hashes_and_never_by_a_path() -> None:
@@ -99,7 +146,7 @@ def test_limit_shrinks_the_audited_split_alone() -> None:
         (["recovry.steps=3"], r"unknown key 'recovry': did you mean 'recovery'"),
         (["recovery.step=3"], r"unknown key 'step': did you mean 'steps'"),
         (["audits.0.behavior.kind=io"], r"unknown kind 'io' in behaviors: did you mean 'ioi'"),
-        (["audits.9.name=x"], r"no index into the \d+ entries"),
+        (["audits.99.name=x"], r"no index into the \d+ entries"),
         (["recovery.steps"], r"--set takes path=value"),
         (["recovery.steps=0"], r"recovery.steps"),
         (["recovery.budget={relative=0.1, absolute=3.0}"], r"either `relative` or `absolute`"),

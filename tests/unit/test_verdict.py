@@ -123,6 +123,29 @@ def test_forcible_is_not_said_where_nothing_was_forced() -> None:
     assert verdict(neither, recovered=40).verdict == "undecided"
 
 
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({"answer": 0, "instruction": 40}, "what is forced everywhere is the end of another"),
+        ({"answer": 30, "instruction": 10}, "what is forced on 10 of 40 is the end of another"),
+        ({"answer": 40, "instruction": 0}, ""),
+        (None, ""),
+    ],
+)
+def test_a_verdict_says_where_what_was_forced_is_no_answer(
+    texts: dict[str, int] | None, said: str
+) -> None:
+    found = separation(RULE, "wrong_target", rows(NORMS), rows(scaled(2)), texts)
+    judged = verdict(found, recovered=40)
+    assert judged.verdict == "breached", "it is said, and decides nothing"
+    if said:
+        assert said in judged.sentence and "upper bound" in judged.sentence
+        assert "and text that is not there costs more" in judged.sentence
+    else:
+        assert "instruction" not in judged.sentence
+        assert "an answer that is not there costs more" in judged.sentence
+
+
 def test_a_single_independent_unit_decides_nothing() -> None:
     """One question asked in 40 orders: no interval, so neither a breach nor a forced answer."""
     one = compared(NORMS, scaled(3), clusters=["q"] * 40)

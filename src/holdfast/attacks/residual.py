@@ -30,6 +30,7 @@ from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.stack import Search
 from holdfast.unclamped import Unclamped
+from holdfast.undone import Undone
 from holdfast.variants import Recovered
 from holdfast.verify import margin_in_order, verify
 
@@ -123,12 +124,11 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
     turned = margin_in_order(case.subject, case.batch, case.edits, perturbation, not clamp_first)
     bare = Unclamped.of(setting, case, perturbation, checks.margin)
     regained = regain(setting, case, problem, perturbation, checks, clamp_first)
+    back = regained.recovered.nonzero().flatten()
+    own = Recovered.of(setting, case, problem, spec, recovery.delta, perturbation.positions, back)
+    undone = Undone.of(own, back, checks.margin[back])
     paths = None
     if attacked.paths is not None:
-        back = regained.recovered.nonzero().flatten()
-        own = Recovered.of(
-            setting, case, problem, spec, recovery.delta, perturbation.positions, back
-        )
         paths = follow(own, attacked.paths, attacked.seed, back)
         if attacked.paths.orders:
             paths.record["orders"] = between_orders(own, attacked.paths.scales)
@@ -136,8 +136,8 @@ def _finished(attacked: Attacked, problem: Problem, recovery: Recovery) -> Trial
             paths.record["openly"] = openly(own)
     case.subject.begun.forget()
     found = Found(
-        setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained, paths,
-        bare,
+        setting, case, problem, recovery, checks, turned, spec.constraint.promise, regained, undone,
+        paths, bare,
     )  # fmt: skip
     return TrialResult(
         result=result_of(found),

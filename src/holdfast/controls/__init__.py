@@ -5,7 +5,7 @@ A control is an ordinary trial on the same prompts, paired by example id. One fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from holdfast.features import FeatureSet
 from holdfast.registry import Registry
 from holdfast.setting import Setting
 from holdfast.subject import Subject
+from holdfast.unrelated import TEXTS, unrelated
 
 CONTROLS = Registry(
     "controls",
@@ -159,7 +160,7 @@ def already_there(subject: Subject, batch: Batch, edits: Sequence[Edit]) -> Tens
 
 def _aim_at_text(batch: Batch) -> Batch:
     """The prompts for which there is an unrelated answer of several tokens, read for it."""
-    found = _unrelated(batch)
+    found = unrelated(batch)
     kept = [row for row, other in enumerate(found) if other is not None]
     if not kept:
         longest = max(len(row[row >= 0]) for row in batch.forced) if batch.forced is not None else 0
@@ -170,31 +171,20 @@ def _aim_at_text(batch: Batch) -> Batch:
             {"valid": len(batch)},
         )
     rows = torch.as_tensor(kept, dtype=torch.long, device=batch.tokens.device)
-    return batch.rows(rows).forcing([other for other in found if other is not None])
+    return batch.rows(rows).forcing([other.tokens for other in found if other is not None])
 
 
-def _unrelated(batch: Batch) -> list[list[int] | None]:
-    """For each prompt the first tokens of another's answer, as many as its own has.
-
-    Where all answers begin alike, the end of another prompt's instruction takes their place: text
-    of the same language and length that answers nothing. None where there is no other prompt that
-    long.
-    """
-    assert batch.forced is not None
-    answers = [[token for token in row if token >= 0] for row in batch.forced.tolist()]
-    asked = batch.unforced()
-    instructions = [
-        asked.tokens[row, (asked.positions[row] >= 0)][: int(asked.template[row])].tolist()
-        for row in range(len(batch))
+def what_is_forced(asked: Batch, kept: Collection[str]) -> dict[str, Any]:
+    """For a record: of the prompts with these ids, how many are aimed at which kind of text; empty
+    where a single token is the answer. asked: the batch before it was aimed elsewhere."""
+    if asked.forced is None or not len(asked):
+        return {}
+    kinds = [
+        other.kind
+        for example, other in zip(asked.ids, unrelated(asked), strict=True)
+        if other is not None and example in kept
     ]
-    found: list[list[int] | None] = []
-    for row, own in enumerate(answers):
-        n = len(own)
-        others = [a[:n] for a in answers if len(a) >= n and a[:n] != own] or [
-            text[-n:] for i, text in enumerate(instructions) if i != row and len(text) > n
-        ]
-        found.append(others[int(digest(batch.ids[row])[:8], 16) % len(others)] if others else None)
-    return found
+    return {"forced_text": {kind: kinds.count(kind) for kind in TEXTS}}
 
 
 def as_kind(value: Any) -> Any:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from holdfast.controls import Case, ControlKind, aim_elsewhere, aimed_among, already_there
+from holdfast.controls import (
+    Case,
+    ControlKind,
+    aim_elsewhere,
+    aimed_among,
+    already_there,
+    what_is_forced,
+)
 from holdfast.setting import Setting
 
 
@@ -39,4 +46,5 @@ class NoClamp(ControlKind):
                 for row in shown.nonzero().flatten().tolist()
             },
             own=False,
+            measured=what_is_forced(asked, {batch.ids[row] for row in kept.tolist()}),
         )

@@ -7,7 +7,14 @@ from typing import Literal
 
 import torch
 
-from holdfast.controls import Case, ControlKind, aim_elsewhere, aimed_among, already_there
+from holdfast.controls import (
+    Case,
+    ControlKind,
+    aim_elsewhere,
+    aimed_among,
+    already_there,
+    what_is_forced,
+)
 from holdfast.setting import Setting
 
 
@@ -48,4 +55,5 @@ class WrongTarget(ControlKind):
                 for row in shown.nonzero().flatten().tolist()
             },
             own=False,
+            measured=what_is_forced(asked, {batch.ids[row] for row in kept.tolist()}),
         )

@@ -17,6 +17,7 @@ from holdfast.report.figures import (
     lanes,
 )
 from holdfast.report.section import Section
+from holdfast.undone import ARMS, FORCED, WHOLE
 from holdfast.wording import power
 
 FLOOR = 1e-10
@@ -44,11 +45,34 @@ def section(data: ReportData) -> Section:
         )  # fmt: skip
     context = {
         "rows": rows, "along": read, "again": again, "seen": seen, "drift": figures[0],
-        "trace": figures[1],
-        "contrast": _contrast(data),
+        "trace": figures[1], "contrast": _contrast(data), "undone": _undone(data),
+        "forced": FORCED,
         "adapted": dict.fromkeys((p.constraint, p.adapted) for p in data.points if p.adapted),
     }  # fmt: skip
     return Section("drift", "Did the clamped features stay put?", context, figures)
+
+
+def _undone(data: ReportData) -> list[dict[str, Any]]:
+    """How far every vector takes the clamp back, and what it does alone and without that; nothing
+    where no prompt was recovered."""
+    made = []
+    for audit in data.audits:
+        for point in audit.points:
+            main = point.main
+            told = main.result.get("undo")  # records of earlier versions have none
+            if told is None or not told["n"]:
+                continue
+            arms = {
+                name: {
+                    figure: main.measured(f"undo.{name}.{figure}") for figure in ("rate", "margin")
+                }
+                for name in (WHOLE, *ARMS)
+            }
+            made.append(
+                {"audit": audit.name, "point": point, "checks": main.checks, "undo": told,
+                 "arms": arms}
+            )  # fmt: skip
+    return made
 
 
 def _contrast(data: ReportData) -> dict[str, Any] | None:
