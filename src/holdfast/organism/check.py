@@ -137,10 +137,12 @@ def _residuals(subject: Subject, batch: Batch, site: Site) -> Tensor:
 
 
 def _valid(name: str, n_valid: int, n_tried: int) -> Finding:
+    """Where fewer than MIN_VALID are tried, most of them."""
+    wanted = min(MIN_VALID, n_tried // 2 + 1)
     return Finding(
         check=f"organism: {name}, valid prompts",
-        passed=n_valid >= MIN_VALID,
-        expected=f"a clamp fitted on other prompts suppresses at least {MIN_VALID} held-out ones",
+        passed=n_valid >= wanted,
+        expected=f"a clamp fitted on other prompts suppresses at least {wanted} held-out ones",
         measured=f"{n_valid} of {n_tried}",
         remedy=RETRAIN,
     )
