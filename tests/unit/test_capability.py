@@ -165,5 +165,5 @@ def test_held_out_texts_are_in_the_vocabulary_and_as_many_of_each_sort() -> None
 def test_wrong_sorts_and_columns_are_named() -> None:
     with pytest.raises(ValidationError, match="different ones"):
         HeldOut(sorts=("lives", "lives"))
-    with pytest.raises(StudyError, match="no column 'test'.*did you mean 'text'"):
+    with pytest.raises(StudyError, match=r"no column 'test'.*did you mean 'text'"):
         HeldOut().rows(("test",))

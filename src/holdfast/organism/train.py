@@ -1,4 +1,4 @@
-"""Trains the organism, its ignorant twin and their SAEs on CPU in about ten minutes."""
+"""Trains the organism, its ignorant twin and their SAEs on CPU in about eleven minutes."""
 
 from __future__ import annotations
 
