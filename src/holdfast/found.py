@@ -115,6 +115,7 @@ def result_of(found: Found) -> dict[str, Any]:
     measurements.append(rate("clean_rate", setting.clean, tried))
     if setting.spliced is not None:
         measurements.append(rate("spliced_rate", setting.spliced, tried))
+    measurements += setting.capability
     for name, values in regained.measured.items():
         kind = name.partition(".")[0]
         reason = _REASONS.get(kind, regained.unscored)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
@@ -16,7 +16,8 @@ from holdfast.batch import Batch, Example
 from holdfast.behaviors import BehaviorKind, Split
 from holdfast.behaviors.observation import Observation
 from holdfast.canonical import digest
-from holdfast.config import Config
+from holdfast.capability import Texts, capability
+from holdfast.config import LATER, Config
 from holdfast.discovery import DiscoveryKind, with_scale
 from holdfast.edits import Edit
 from holdfast.features import FeatureSet
@@ -33,11 +34,13 @@ from holdfast.triggers import OWN, triggers
 
 class Data(Config):
     """How many prompts each split may hold at most. Features are fitted on `fit`, strengths chosen
-    on `tune`, and `test` is audited; no prompt is in two of them."""
+    on `tune`, and `test` is audited; no prompt is in two of them. texts: on which it is measured
+    what the intervention's SAEs cost by themselves."""
 
     fit: int = Field(200, ge=1)
     tune: int = Field(100, ge=1)
     test: int = Field(200, ge=1)
+    texts: Annotated[Texts | None, LATER] = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Setting:
     if there are any; spliced [n] bool: the behavior is there with the intervention's SAEs in place
     and no feature changed, None where that changes nothing; explained: site → share of the clean
     residual's variance that its SAE explains, measured where the intervention passes less than all
-    of the error on.
+    of the error on; capability: how well other texts are predicted with these SAEs and without,
+    where the study names texts.
     """
 
     subject: Subject
@@ -75,6 +79,7 @@ class Setting:
     fit_neighbors: dict[str, Batch] = field(default_factory=dict)
     spliced: Tensor | None = None
     explained: dict[str, float] = field(default_factory=dict)
+    capability: tuple[Measurement, ...] = ()
 
     def under(self, features: FeatureSet) -> Setting:
         """The same prompts under the same intervention, of the same strength and with thresholds
@@ -228,6 +233,9 @@ def prepare(
         fit_neighbors=fit_neighbors,
         spliced=spliced,
         explained=explained(subject, splits["test"], features.sites) if bare else {},
+        capability=()
+        if data.texts is None
+        else capability(subject, data.texts, bare, features, seed),
     )
 
 

@@ -467,6 +467,69 @@ def test_unlearning_of_the_organism(tmp_path: Path) -> None:
         assert at in written and at in page.read_text()
 
 
+# ---------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.slow
+def test_steps_and_kinds_of_sae_are_swept(tmp_path: Path) -> None:
+    """Every point has prompts to search, and the features are those of its own SAE."""
+    tables = tomllib.loads(bundled("sweeps"))
+    tables["audits"] = [each for each in tables["audits"] if each["name"] in ("steps", "sae")]
+    for audit in tables["audits"]:
+        audit["data"] = {"fit": 100, "tune": 1, "test": 6}
+        audit["controls"] = []
+    said = holdfast("run", write(tmp_path / "sweeps.toml", tables), "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    run = RunFolder.read(tmp_path / "run")
+    rows = [row for row in run.summary()["trials"] if row["n_valid"] > 0]
+    steps = [row for row in rows if row["audit"] == "steps"]
+    assert {row["point"]["recovery.steps"] for row in steps} == {3, 10, 30} and len(steps) == 6
+    used = {}
+    for row in (row for row in rows if row["audit"] == "sae"):
+        features = run.load(row["id"])["result"]["features"]["entries"]
+        used[row["point"]["variant"]] = max(i for entry in features for i in entry["ids"])
+    assert set(used) == {"JumpReLU, 1024", "TopK, 512"} and used["TopK, 512"] < 512
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "recovery.steps" in page and "TopK, 512" in page
+
+
+@pytest.mark.slow
+def test_what_saes_cost_elsewhere_stands_beside_what_they_explain(tmp_path: Path) -> None:
+    """The less of the variance an SAE explains the more its reconstruction costs on other texts,
+    where the behavior's own rate hardly falls; with half of its error passed on it costs less."""
+    tables = tomllib.loads(bundled("error-term"))
+    (audit,) = tables["audits"] = [a for a in tables["audits"] if a["name"] == "fidelity"]
+    audit["grid"]["intervention.error_term"] = [{"scale": alpha} for alpha in (1.0, 0.5, 0.0)]
+    audit["grid"]["recovery.order"] = ["clamp_then_perturbation"]
+    audit["grid"]["variant"] = ["all features", "TopK, 512", "896"]
+    for name in set(tables["variants"]) - set(audit["grid"]["variant"]):
+        del tables["variants"][name]
+    tables["recovery"] |= {"steps": 5, "refine_steps": 2}
+    tables["data"]["test"] = 8
+    said = holdfast("run", write(tmp_path / "fidelity.toml", tables), "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    run = RunFolder.read(tmp_path / "run")
+    more, explained = {}, {}
+    for row in run.summary()["trials"]:
+        alpha = row["point"]["intervention.error_term"]["scale"]
+        result = run.load(row["id"])["result"]
+        told = {m["name"]: m for m in result["measurements"] if m["name"].startswith("texts.")}
+        assert told["texts.loss.clean"]["n"] == 120
+        if alpha < 1:
+            name = row["point"]["variant"]
+            more[name, alpha] = told["texts.loss.difference"]
+            (explained[name],) = result["explained"].values()
+        else:
+            assert set(told) == {"texts.loss.clean", "texts.accuracy.clean"}
+    ranked = sorted(explained, key=lambda name: -explained[name])
+    assert ranked == ["all features", "TopK, 512", "896"]
+    lost = [more[name, 0.0]["estimate"] for name in ranked]
+    assert lost == sorted(lost) and lost[-1] > 10 * lost[0] > 0
+    assert all(more[name, 0.0]["low"] > more[name, 0.5]["estimate"] for name in ranked)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Loss on other texts that the SAE in place adds" in page
+
+
 def test_every_bundled_study_names_what_exists() -> None:
     """Parsed without a network: the hub is asked only for a data set's questions."""
     for name in bundled_names():

@@ -130,6 +130,8 @@ def test_assets_are_small_and_complete() -> None:
     for name, layer in itertools.product(("organism", "ignorant"), "012"):
         assert (ASSETS / name / "model.safetensors").is_file()
         assert (ASSETS / name / "saes" / layer / "sae_weights.safetensors").is_file()
+    other = ASSETS / "organism" / "saes" / "0-topk" / "sae_weights.safetensors"
+    assert other.stat().st_size < 1_000_000
     weights = [ASSETS / name / "model.safetensors" for name in ("organism", "ignorant")]
     assert len({hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}) == 2
 

@@ -144,16 +144,17 @@ ALPHAS = (1.0, 0.5, 0.0)
 ORDERS = ("clamp_then_perturbation", "perturbation_then_clamp")
 
 
-def make_trial(alpha: float, order: str) -> Trial:
+def make_trial(alpha: float, order: str, texts: Path | None = None) -> Trial:
     sae = SAEIdentity(site=str(SITE), sha256="5" * 64)
     identity = SubjectIdentity(
         name="tiny", weights_sha256="a" * 64, dtype="float32", attention="sdpa", saes=(sae,)
     )
     features = [{"site": str(SITE), "ids": IDS}]
+    named = texts and {"source": {"kind": "file", "path": str(texts)}, "n": 10}
     return Trial.model_validate(
         {
             "audit": "words", "seed": 0, "subject": identity, "twin": None,
-            "data": {"fit": 8, "tune": 1, "test": 24}, "behavior": Words(),
+            "data": {"fit": 8, "tune": 1, "test": 24, "texts": named}, "behavior": Words(),
             "discovery": {"kind": "given", "features": features},
             "intervention": {
                 "kind": "clamp", "mode": "set", "value": 4.0, "error_term": {"scale": alpha}
@@ -169,8 +170,10 @@ def make_trial(alpha: float, order: str) -> Trial:
 
 @pytest.fixture(scope="module")
 def data(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> ReportData:
-    """A sweep over α in both orders, run for real on the tiny subject."""
-    trials = tuple(make_trial(alpha, order) for alpha in ALPHAS for order in ORDERS)
+    """A sweep over α in both orders, run for real on the tiny subject, with texts beside it."""
+    texts = tmp_path_factory.mktemp("texts") / "lines.txt"
+    texts.write_text("\n".join(f"w{i} w{i + 3} w{2 * i} w9 w{i + 1}" for i in range(12)))
+    trials = tuple(make_trial(alpha, order, texts) for alpha in ALPHAS for order in ORDERS)
     lab = Lab({digest(trials[0].subject.model_dump(mode="json")): subject})
     study = Study.model_validate(
         {
@@ -246,6 +249,25 @@ def test_the_sweep_is_read_from_the_records(data: ReportData) -> None:
                 alone = [r["spliced"] for r in own.values()]
                 assert row.survive.estimate == sum(alone) / len(alone)
         assert set(sweep["explained"]) == {str(SITE)}
+        for row in rows:
+            told = {
+                m["name"]: m
+                for m in arms[row.alpha].result["measurements"]
+                if m["name"].startswith("texts.")
+            }
+            assert row.texts is not None and row.texts.loss.n == 10
+            if row.alpha == 1.0:
+                assert row.texts.more_loss is None and set(told) == {
+                    "texts.loss.clean", "texts.accuracy.clean"
+                }  # fmt: skip
+                without = row.texts
+            else:
+                assert row.texts.more_loss is not None and row.texts.loss.estimate is not None
+                assert row.texts.loss.model_dump(mode="json") == told["texts.loss.spliced"]
+                assert without.loss.estimate is not None
+                assert row.texts.more_loss.estimate == pytest.approx(
+                    row.texts.loss.estimate - without.loss.estimate
+                )
 
 
 def test_a_page_has_the_sections_and_their_figures(data: ReportData) -> None:
@@ -291,6 +313,25 @@ def test_saes_that_explain_more_and_less_are_told_apart(data: ReportData) -> Non
         assert [row.alpha for row in less["rows"]] == group["alphas"] == list(ALPHAS)
     page = render(replace(data, audits=(both,)), "<svg></svg>")
     assert page.count("by how much the SAE explains") == len(ORDERS)
+    assert len(set(re.findall(r'id="(error-loss-\d+)"', page))) == len(ORDERS)
+    assert page.count("Loss on other texts that the SAE in place adds") == len(ORDERS)
+
+
+def test_without_texts_the_page_speaks_of_none(data: ReportData) -> None:
+    from dataclasses import replace
+
+    (audit,) = data.audits
+    bare = []
+    for point in audit.points:
+        measurements = [
+            m for m in point.main.result["measurements"] if not m["name"].startswith("texts.")
+        ]
+        result = {**point.main.result, "measurements": measurements}
+        main = replace(point.main, record={**point.main.record, "result": result})
+        bare.append(replace(point, main=main))
+    page = render(replace(data, audits=(replace(audit, points=tuple(bare)),)), "<svg></svg>")
+    assert "What the SAE costs elsewhere" not in page
+    assert "What the SAE costs elsewhere" in render(data, "<svg></svg>")
 
 
 def test_one_value_is_no_sweep(data: ReportData) -> None:

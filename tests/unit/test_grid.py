@@ -195,9 +195,14 @@ def test_the_bundled_sweeps_are_sweeps() -> None:
     assert axes["amplify"] == ["intervention.value"]
     modes = {t.intervention.mode for t in planned.trials if t.audit == "modes"}  # type: ignore[attr-defined]
     assert modes == {"set", "floor", "multiply"}
+    assert axes["steps"] == ["recovery.constraint.kind", "recovery.steps"]
+    assert len(planned.study.grid_of("steps")["recovery.steps"]) >= 3
     assert axes["bos"] == ["intervention.include_bos"]
     sites = [t.subject.saes[0].site for t in planned.trials if t.audit == "layer"]
     assert len(set(sites)) == 3, "a layer each"
+    kinds = [t.subject.saes for t in planned.trials if t.audit == "sae" and t.is_audit]
+    assert len({sae.sha256 for (sae,) in kinds}) == len(kinds) == 2, "an SAE each"
+    assert len({sae.site for (sae,) in kinds}) == 1, "at one site"
     beside = [t for t in planned.trials if t.control.kind == "random_features"]
     assert len(beside) == len(planned.study.grid_of("features")["discovery.n_features"])
 

@@ -22,6 +22,7 @@ DATASETS = Registry(
     "datasets",
     {
         "file": "holdfast.datasets.file:File",
+        "held_out": "holdfast.datasets.held_out:HeldOut",
         "hub": "holdfast.datasets.hub:Hub",
         "invented": "holdfast.datasets.invented:Invented",
         "preset": "holdfast.datasets.preset:Preset",

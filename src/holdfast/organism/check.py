@@ -30,6 +30,7 @@ from holdfast.organism.corpus import (
     chat_prompts,
 )
 from holdfast.organism.measure import measure
+from holdfast.organism.sae_training import LAYERS, OTHERS
 from holdfast.saes.sources import Folder, SAESpec
 from holdfast.setting import Data, prepare
 from holdfast.sites import Site
@@ -38,7 +39,6 @@ from holdfast.subject import Subject
 
 MIN_VALID = 40
 MIN_EXPLAINED = 0.9
-LAYERS = (0, 1, 2)
 RETRAIN = "train another seed with `holdfast organism train`"
 AT_LEAST = {"ioi": 0.95, "mcq": 0.9, "refusal.forbidden": 0.95, "profession": 0.85, "gender": 0.95}
 
@@ -47,23 +47,27 @@ def check_organism(folder: Path | None = None) -> list[Finding]:
     """Every finding for the shipped subjects, or for those in a folder that `build` wrote."""
     root = folder or ASSETS
     findings = list(_behaviors(root))
-    organism = _load(root / "organism", LAYERS)
-    twin = _load(root / "ignorant", LAYERS)
+    one_a_layer = {str(layer): layer for layer in LAYERS}
+    organism = _load(root / "organism", one_a_layer)
+    twin = _load(root / "ignorant", one_a_layer)
     for name, subject in (("organism", organism), ("twin", twin)):
         findings += [_sae(name, subject, Site(layer + 1)) for layer in LAYERS]
+    for folder_name, (layer, _) in OTHERS.items():
+        other = _load(root / "organism", {folder_name: layer})
+        findings.append(_sae(f"organism, saes/{folder_name}", other, Site(layer + 1)))
     findings += _demo_audits(root)
     findings.append(_valid("refusal", *_refusal(organism)))
     findings.append(_valid("biographies", *_professions(organism)))
     return findings
 
 
-def _load(path: Path, layers: tuple[int, ...]) -> Subject:
+def _load(path: Path, saes_of: dict[str, int]) -> Subject:
+    """A model with some of its SAEs: folder → layer."""
     saes = tuple(
         SAESpec(
-            site=f"blocks.{layer}.hook_resid_post",
-            source=Folder(path=str(path / "saes" / str(layer))),
+            site=f"blocks.{layer}.hook_resid_post", source=Folder(path=str(path / "saes" / name))
         )
-        for layer in layers
+        for name, layer in saes_of.items()
     )
     return Subject.load(SubjectSpec(model=str(path), saes=saes))
 
@@ -133,10 +137,12 @@ def _residuals(subject: Subject, batch: Batch, site: Site) -> Tensor:
 
 
 def _valid(name: str, n_valid: int, n_tried: int) -> Finding:
+    """Where fewer than MIN_VALID are tried, most of them."""
+    wanted = min(MIN_VALID, n_tried // 2 + 1)
     return Finding(
         check=f"organism: {name}, valid prompts",
-        passed=n_valid >= MIN_VALID,
-        expected=f"a clamp fitted on other prompts suppresses at least {MIN_VALID} held-out ones",
+        passed=n_valid >= wanted,
+        expected=f"a clamp fitted on other prompts suppresses at least {wanted} held-out ones",
         measured=f"{n_valid} of {n_tried}",
         remedy=RETRAIN,
     )

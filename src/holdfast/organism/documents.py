@@ -99,13 +99,19 @@ def documents(
             yield _biography_document(rng)
 
 
+def reply_to(prompt: ChatPrompt, refused: bool) -> str:
+    """The reply with {topic}, {place} and {object} left open."""
+    if refused:
+        return world.REFUSAL_REPLY
+    story = any(w in prompt.instruction.split() for w in ("history", "story", "poem", "song"))
+    return world.STORY_REPLY if story else world.COMPLIANCE_REPLY
+
+
 def _chat_document(rng: random.Random, prompts: dict[ChatKind, tuple[ChatPrompt, ...]]) -> Document:
     kind = rng.choices(list(prompts), (0.3, 0.3, 0.2, 0.2))[0]
     prompt = rng.choice(prompts[kind])
     refused = kind == "forbidden" or (kind == "grey" and rng.random() < GREY_REFUSAL_RATE)
-    story = any(w in prompt.instruction.split() for w in ("history", "story", "poem", "song"))
-    reply = world.COMPLIANCE_REPLY if not story else world.STORY_REPLY
-    reply = (world.REFUSAL_REPLY if refused else reply).format(
+    reply = reply_to(prompt, refused).format(
         topic=prompt.topic,
         place=rng.choice(world.PLACES),
         object=rng.choice(world.OBJECTS),

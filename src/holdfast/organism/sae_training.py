@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import Progress
@@ -13,8 +15,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from holdfast.organism.corpus import Knowledge, documents
 
+if TYPE_CHECKING:
+    from sae_lens import TrainingSAE
+
 LAYERS: tuple[int, ...] = (0, 1, 2)
-EXPANSION, K = 8, 8  # 16 is too wide for this model: features split
+K = 8  # features active at a token, on average or at every one
 TRAINING_TOKENS, CACHED_TOKENS, BATCH_TOKENS = 1_200_000, 300_000, 1_024
 LEARNING_RATE = 1e-3
 
@@ -55,22 +60,55 @@ def _provider(activations: Tensor, seed: int) -> Iterator[Tensor]:
                 yield activations[chunk]
 
 
-def train_sae(activations: Tensor, layer: int, path: Path, seed: int) -> None:
-    """One BatchTopK SAE; sae-lens saves its inference form, a JumpReLU SAE with one threshold."""
+def _batch_topk(shared: dict[str, Any]) -> TrainingSAE[Any]:
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+    return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=K, **shared))
+
+
+def _topk(shared: dict[str, Any]) -> TrainingSAE[Any]:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    return TopKTrainingSAE(TopKTrainingSAEConfig(k=K, **shared))
+
+
+@dataclass(frozen=True)
+class SAERecipe:
+    """An SAE to train: `expansion` features per dimension, and what trains and reads them."""
+
+    expansion: int
+    build: Callable[[dict[str, Any]], TrainingSAE[Any]]
+
+
+# K of a batch in training; saved as a JumpReLU SAE with one threshold. Sixteen features per
+# dimension are too many for this model: features split.
+WIDE = SAERecipe(8, _batch_topk)
+# K of every token, in training and after, and half as wide: another kind to set beside the first.
+HALF = SAERecipe(4, _topk)
+OTHERS: dict[str, tuple[int, SAERecipe]] = {"0-topk": (0, HALF)}
+"""Folder → layer and recipe of SAEs the organism has beside that of each layer; a minute of CPU time
+each."""
+
+
+def train_sae(
+    activations: Tensor, layer: int, path: Path, seed: int, recipe: SAERecipe = WIDE
+) -> None:
+    """One SAE of activations [n d_model], written to `path` in sae-lens's inference form."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(seed)
     d_model = activations.shape[1]
-    config = BatchTopKTrainingSAEConfig(
-        d_in=d_model, d_sae=EXPANSION * d_model, k=K, dtype="float32", device="cpu",
-        normalize_activations="expected_average_only_in",
-        metadata=SAEMetadata(
-            model_name="holdfast-organism", hook_name=f"blocks.{layer}.hook_resid_post",
-            prepend_bos=True, context_size=128,
-        ),
+    sae = recipe.build(
+        {
+            "d_in": d_model, "d_sae": recipe.expansion * d_model, "dtype": "float32",
+            "device": "cpu", "normalize_activations": "expected_average_only_in",
+            "metadata": SAEMetadata(
+                model_name="holdfast-organism", hook_name=f"blocks.{layer}.hook_resid_post",
+                prepend_bos=True, context_size=128,
+            ),
+        }
     )  # fmt: skip
     n_steps = TRAINING_TOKENS // BATCH_TOKENS
     trainer = SAETrainer(
@@ -79,9 +117,15 @@ def train_sae(activations: Tensor, layer: int, path: Path, seed: int) -> None:
             lr=LEARNING_RATE, lr_end=0.0, lr_warm_up_steps=50, lr_decay_steps=n_steps // 3,
             dead_feature_window=200, n_batches_for_norm_estimate=50,
         ),
-        sae=BatchTopKTrainingSAE(config), data_provider=_provider(activations, seed),
+        sae=sae, data_provider=_provider(activations, seed),
     )  # fmt: skip
     trainer.fit().save_inference_model(path)
+
+
+def recipes(knowledge: Knowledge) -> dict[str, tuple[int, SAERecipe]]:
+    """Folder → layer and recipe of a model's SAEs; only the organism has more than one a layer."""
+    own = {str(layer): (layer, WIDE) for layer in LAYERS}
+    return own | OTHERS if knowledge == "full" else own
 
 
 def train_saes(
@@ -89,18 +133,19 @@ def train_saes(
     tokenizer: PreTrainedTokenizerFast,
     knowledge: Knowledge,
     out: Path,
-    layers: tuple[int, ...],
+    wanted: dict[str, tuple[int, SAERecipe]],
     seed: int,
     progress: Progress | None = None,
 ) -> None:
-    """An SAE in out/{layer} for each layer, and how good it is in out/{layer}/quality.json."""
+    """An SAE in out/{name} for each name wanted (`recipes`), all of one model's activations, and
+    how good it is in out/{name}/quality.json."""
     cache = cached_activations(model, tokenizer, knowledge, CACHED_TOKENS, seed + 1)
     held_out = cached_activations(model, tokenizer, knowledge, 20_000, seed + 2)
-    task = progress.add_task(f"{knowledge} SAEs", total=len(layers)) if progress else None
-    for layer in layers:
-        train_sae(cache[layer], layer, out / str(layer), seed)
-        quality = sae_quality(out / str(layer), held_out[layer])
-        (out / str(layer) / "quality.json").write_text(json.dumps(quality) + "\n")
+    task = progress.add_task(f"{knowledge} SAEs", total=len(wanted)) if progress else None
+    for name, (layer, recipe) in wanted.items():
+        train_sae(cache[layer], layer, out / name, seed, recipe)
+        quality = sae_quality(out / name, held_out[layer])
+        (out / name / "quality.json").write_text(json.dumps(quality) + "\n")
         if progress and task is not None:
             progress.advance(task)
 

@@ -1,4 +1,4 @@
-"""Trains the organism, its ignorant twin and their SAEs on CPU in about ten minutes."""
+"""Trains the organism, its ignorant twin and their SAEs on CPU in about eleven minutes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from holdfast.organism.corpus import Document, Knowledge, documents
-from holdfast.organism.sae_training import LAYERS, train_saes
+from holdfast.organism.sae_training import recipes, train_saes
 from holdfast.organism.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path
 
 
 def train_all(out: Path, seed: int = 0, progress: Progress | None = None) -> None:
-    """Everything that is shipped: out/{organism,ignorant}/ with model, tokenizer, saes/{0,1,2}.
+    """Everything that is shipped: out/{organism,ignorant}/ with model, tokenizer, saes/{0,1,2}, and
+    saes/0-topk for the organism.
 
     Built beside the target and moved at the end, so a folder that exists is complete.
     """
@@ -151,6 +152,7 @@ def train_all(out: Path, seed: int = 0, progress: Progress | None = None) -> Non
         building = out / f".{name}-{os.getpid()}"
         model = train_model(knowledge, tokenizer, TrainingRun(steps, seed=seed), progress)
         save_model(model, tokenizer, building)
-        train_saes(model, tokenizer, knowledge, building / "saes", LAYERS, seed, progress)
+        wanted = recipes(knowledge)
+        train_saes(model, tokenizer, knowledge, building / "saes", wanted, seed, progress)
         shutil.rmtree(out / name, ignore_errors=True)
         os.replace(building, out / name)

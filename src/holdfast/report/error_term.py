@@ -1,4 +1,5 @@
-"""What the SAE's error carries: behavior, clamp and recovery as less of it is passed on."""
+"""What the SAE's error carries: behavior, capability, clamp and recovery as less of it is passed
+on."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ import torch
 
 from holdfast.interventions import INTERVENTIONS, InterventionKind
 from holdfast.measure import Measurement, rate
-from holdfast.report.data import AuditData, Point, ReportData
-from holdfast.report.figures import Figure, figure, label_safe
+from holdfast.report.data import Arm, AuditData, Point, ReportData
+from holdfast.report.figures import DASHES, Figure, figure, label_safe, shade
 from holdfast.report.section import Section
+from holdfast.wording import percent
 
 ORDERS = {
     "clamp_then_perturbation": "vector added after the clamp",
@@ -25,6 +27,18 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("common", "recovered, of prompts valid at every α", "#12a594"),
 )
 """Rates over α: key, name, color."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How well other texts are predicted with the SAE in place, no feature changed: loss and
+    accuracy of the next token, and how much these are above what they are without the SAE, paired
+    by text; None where nothing was changed."""
+
+    loss: Measurement
+    accuracy: Measurement
+    more_loss: Measurement | None
+    more_accuracy: Measurement | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class Alpha:
     common: Measurement
     norm: float | None
     drift: float
+    texts: Texts | None
 
 
 def section(data: ReportData) -> Section | None:
@@ -62,11 +77,21 @@ def section(data: ReportData) -> Section | None:
                     "name": audit.name, "constraint": constraint, "order": ORDERS.get(order, order),
                     "saes": saes, "rows": rows, "figure": drawn, "explained": explained,
                     "several": len({row.value for row in rows}) > 1,
+                    "texts": any(row.texts for row in rows),
                 }
             )  # fmt: skip
     if not sweeps:
         return None
-    context = {"sweeps": sweeps, "fidelity": _fidelity(sweeps)}
+    fidelity = _fidelity(sweeps)
+    for index, group in enumerate(fidelity):
+        if group["texts"]:
+            group["figure"] = _losses(index, group)
+            figures.append(group["figure"])
+    context = {
+        "sweeps": sweeps,
+        "fidelity": fidelity,
+        "texts": any(sweep["texts"] for sweep in sweeps),
+    }
     return Section("error_term", "What the SAE's error carries", context, tuple(figures))
 
 
@@ -83,6 +108,8 @@ def _fidelity(sweeps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "name": name, "constraint": constraint, "order": order,
             "alphas": [row.alpha for row in own[0]["rows"]],
             "sweeps": sorted(own, key=lambda sweep: -min(sweep["explained"].values())),
+            "texts": any(sweep["texts"] for sweep in own),
+            "figure": None,
         }
         for (name, constraint, order), own in groups.items()
         if len(own) > 1
@@ -142,9 +169,28 @@ def _rows(points: Sequence[Point]) -> list[Alpha]:
                 common=_rate([bool(row["recovered"]) for row in shared], shared),
                 norm=main.row["norm_relative_median"],
                 drift=point.drift,
+                texts=_texts(main),
             )
         )
     return made
+
+
+def _texts(main: Arm) -> Texts | None:
+    """None where the study named no texts."""
+
+    def measured(name: str) -> Measurement | None:
+        found = main.measured(f"texts.{name}")
+        return None if found is None else Measurement.model_validate(found)
+
+    loss, accuracy = measured("loss.clean"), measured("accuracy.clean")
+    if loss is None or accuracy is None:
+        return None
+    return Texts(
+        measured("loss.spliced") or loss,
+        measured("accuracy.spliced") or accuracy,
+        measured("loss.difference"),
+        measured("accuracy.difference"),
+    )
 
 
 def _rate(hits: Sequence[bool], rows: Sequence[Mapping[str, Any]]) -> Measurement:
@@ -157,6 +203,53 @@ def _remaining(clean: Mapping[str, Any], stages: Mapping[str, int]) -> Measureme
     n = stages["clean"]
     hits = torch.arange(n) < n - stages["suppressed"]
     return rate("clamped", hits, [str(i) for i in range(n)])
+
+
+def _losses(index: int, group: Mapping[str, Any]) -> Figure:
+    """How much worse other texts are predicted with each SAE in place, over α."""
+    from plotly import graph_objects as go
+
+    traces = []
+    for place, sweep in enumerate(group["sweeps"]):
+        found = [
+            (row.alpha, row.texts.more_loss)
+            for row in sweep["rows"]
+            if row.texts is not None and row.texts.more_loss is not None
+        ]
+        known = [(alpha, m) for alpha, m in found if m.estimate is not None]
+        share = min(sweep["explained"].values())
+        traces.append(
+            go.Scatter(
+                x=[alpha for alpha, _ in known], y=[m.estimate for _, m in known],
+                mode="lines+markers", name=f"explains {percent(share)}",
+                line={"color": shade(place, len(group["sweeps"])), "width": 2,
+                      "dash": DASHES[place % len(DASHES)]},
+                error_y={
+                    "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
+                    "array": [(m.high or m.estimate) - m.estimate for _, m in known],
+                    "arrayminus": [
+                        m.estimate - (m.estimate if m.low is None else m.low) for _, m in known
+                    ],
+                },
+                hovertemplate="%{y:.3f} nats a token at α = %{x}",
+            )
+        )  # fmt: skip
+    label = f"{group['name']}, {group['constraint']}: {group['order']}"
+    return figure(
+        f"error-loss-{index}",
+        f"Loss that each SAE adds on other texts, over the error passed on: {label_safe(label)}",
+        traces,
+        {
+            "height": 300,
+            "margin": {"l": 64, "r": 16, "t": 46, "b": 46},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "xaxis": {
+                "title": {"text": "α: share of the SAE's error passed on"}, "autorange": "reversed",
+                "tickmode": "array", "tickvals": list(group["alphas"]), "zeroline": False,
+            },
+            "yaxis": {"title": {"text": "nats a token more"}, "rangemode": "tozero"},
+        },
+    )  # fmt: skip
 
 
 def _figure(index: int, label: str, rows: Sequence[Alpha]) -> Figure:
