@@ -91,7 +91,7 @@ class Stack:
             problem, feasible = only.problem, only.feasible
         else:
             problem = _acting(loose, posed, owner)
-            feasible = SetPerRow(Dealt(tuple(part.feasible for part in posed), owner))
+            feasible = SetPerRow(Dealt.to([part.feasible for part in posed], owner))
         stepper = StepperPerRow.of([part.stepper for part in posed], owner)
         return cls(tuple(searches), loose, problem, tuple(posed), feasible, stepper)
 
@@ -139,7 +139,7 @@ def _acting(loose: Problem, posed: Sequence[Posed], owner: Tensor) -> Problem:
     if not sites:
         return loose
     hold = {
-        site: HoldPerRow(Dealt(tuple(holds.get(site, Free()) for holds in own), owner))
+        site: HoldPerRow(Dealt.to([holds.get(site, Free()) for holds in own], owner))
         for site in sites
     }
     return replace(loose, replay=replace(loose.replay, hold=hold))

@@ -285,7 +285,7 @@ def test_a_success_ends_the_lanes_of_its_row_in_balls_as_large_and_no_others(
 def test_rows_keep_their_owners_however_they_are_picked() -> None:
     sets = [Everything(torch.arange(3)), Everything(10 + torch.arange(2))]
     owner = torch.tensor([0, 1, 0, 1, 0])
-    dealt = SetPerRow(Dealt(tuple(sets), owner))
+    dealt = SetPerRow(Dealt.to(sets, owner))
     assert dealt.dimension.tolist() == [0, 10, 1, 11, 2]
     picked = torch.tensor([4, 3, 3, 0])
     assert dealt.rows(picked).dimension.tolist() == [2, 11, 11, 0]

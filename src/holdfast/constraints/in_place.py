@@ -22,12 +22,17 @@ from holdfast.problem import Problem
 from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subspace import FeasibleSet, Iterate, norms
+from holdfast.waiting import perhaps
 
 SLACK = 1e-4
 """Relative amount by which a norm may exceed its budget."""
 
 MAX_ROUNDS = 8
 """Most times an iterate is scaled into its ball and retracted again."""
+
+PASSES = 2
+"""Rounds between two looks at whether all fit, where the device has to be waited for: a round is a
+pass of the model, which costs more than a wait."""
 
 
 class HoldingKind(ConstraintKind):
@@ -155,9 +160,10 @@ class HeldInPlace:
         for attempt in range(MAX_ROUNDS):
             length = norms(kept).flatten()
             over = length > radius * (1 + SLACK)
-            if not over.any():
+            if not perhaps(over, attempt, PASSES):
                 return kept
-            shrunk = self.retract(kept * (radius / length * (1 - 0.02 * attempt))[:, None, None])
+            share = (radius / length).clamp_max(1.0) * (1 - 0.02 * attempt)
+            shrunk = self.retract(kept * share[:, None, None])
             # Rows that fit stay as they are, or what they find would depend on those beside them.
             kept = torch.where(over[:, None, None], shrunk, kept)
         over = norms(kept).flatten() > radius * (1 + SLACK)
