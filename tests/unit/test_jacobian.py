@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from holdfast.ascent import Climb, ascend
+from holdfast.ascent import Ascent, Climb, ascend
 from holdfast.batch import Batch
 from holdfast.constraints import ConstraintKind
 from holdfast.constraints.encoder_null import EncoderNull
@@ -23,11 +23,13 @@ from holdfast.errors import ConstraintError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.jacobian import chords, framed, preconditioners
 from holdfast.jacobian import frame as frames
-from holdfast.jacobian.chords import Chords
+from holdfast.jacobian import settled as settled_slots
+from holdfast.jacobian.chords import Chords, within
 from holdfast.jacobian.entries import Entries
 from holdfast.jacobian.feature_map import FeatureMap, perturbed_columns
 from holdfast.jacobian.frame import Frame
 from holdfast.jacobian.framed import Framed
+from holdfast.jacobian.learned import Learned
 from holdfast.jacobian.level import Level
 from holdfast.jacobian.linearized import Linearized
 from holdfast.jacobian.null_space import (
@@ -86,10 +88,22 @@ def posed(
     """Perturbed are `width` tokens from `back` tokens before the end of the prompt on; everything
     up to the end is replayed."""
     positions = batch.prompt_length[:, None] - back + torch.arange(width)
+    return posed_at(subject, batch, clamps, positions, sites, held)
+
+
+def posed_at(
+    subject: Subject,
+    batch: Batch,
+    clamps: tuple[Any, ...],
+    positions: Tensor,
+    sites: tuple[Site, ...] = SITES,
+    held: tuple[Site, ...] = SITES,
+) -> Problem:
+    """Perturbed are the positions [n p], -1 for none."""
     banks = {site: bank for site, bank in banks_of(subject).items() if site in held}
     replay = Replay.record(subject, batch, sites, positions, before=clamps, watch=tuple(banks))
     reference = replay.residual().norm(dim=(1, 2))
-    q = width * len(sites)
+    q = positions.shape[1] * len(sites)
     start = batch.margin(replay.logits(torch.zeros(len(batch), q, 32)))
     return Problem(replay, batch, start.clamp_min(0) + 0.5, banks, reference, reference)
 
@@ -360,6 +374,138 @@ def test_where_every_slot_is_perturbed_the_rest_is_taken_away_in_place(
     assert (way[0] < way[2]).all(), "which is not what feature_hold takes"
 
 
+BETWEEN = 4000
+"""Numbers of a kept J, between those for later tokens and all of them in the next problem."""
+
+
+@pytest.fixture
+def settled(
+    deep: Subject, prompts: Batch, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Problem, Framed]:
+    """Vectors at three tokens of every layer, and two more tokens to hold; J is too large to keep,
+    its rows for later tokens are not."""
+    monkeypatch.setattr(frames, "SMALL", BETWEEN)
+    problem = posed(deep, prompts, clamps_of(banks_of(deep)), back=5, width=3)
+    level = JacobianNull().feasible(problem)
+    assert isinstance(level, Framed) and isinstance(level.coordinates, Settled)
+    return problem, level
+
+
+def test_where_slots_are_settled_a_tangent_is_the_nearest_that_moves_nothing(
+    settled: tuple[Problem, Framed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, level = settled
+    at, u = level.retract(somewhere(problem, 0.3)), somewhere(problem, 1.0, seed=1)
+    features = FeatureMap.of(problem)
+    here, (every, used) = Linearized(features, at), entries(features)
+    J = here.matrix(every).double()
+    off = torch.linalg.pinv(J, rtol=1e-6) @ here.push(u).flatten(1)[:, used, None].double()
+    exact = u - off[..., 0].float().view_as(u)
+    there = replace(level, frame=level.frame.anew(level.features, at, torch.ones(N).bool()))
+    moved = here.push(u).abs().amax((1, 2))
+    for steps, apart in ((2, 0.5), (30, 0.02)):
+        monkeypatch.setattr(settled_slots, "STEPS", steps)
+        along = there.tangent(u, Iterate(at))
+        assert (here.push(along).abs().amax((1, 2)) <= 1e-3 * moved).all(), "tangent, at any rate"
+        error = (along - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
+        assert error.max() <= apart
+        assert ((along * u).sum((1, 2)) > 0).all()
+
+
+def test_where_slots_are_settled_iterates_end_in_the_set_and_in_the_ball(
+    settled: tuple[Problem, Framed],
+) -> None:
+    problem, level = settled
+    last = level.inside(somewhere(problem, 0.1), problem.radius, Iterate.zero(somewhere(problem)))
+    radius = last.norm(dim=(1, 2))
+    point = level.inside(last + somewhere(problem, 0.1, seed=3), radius, Iterate(last))
+    whole = FeatureMap.of(problem)  # of all tokens, with nothing settled in the pass
+    assert Linearized(whole, point).held.max() <= 2e-6
+    assert (point.norm(dim=(1, 2)) <= radius * (1 + SLACK)).all()
+    assert (point.norm(dim=(1, 2)) >= 0.8 * radius).all(), "and not by giving up"
+    assert ((point - last).norm(dim=(1, 2)) > 0.01 * problem.reference_norm).all()
+
+
+def test_a_search_with_settled_slots_holds_later_tokens(
+    settled: tuple[Problem, Framed], deep: Subject
+) -> None:
+    problem, _ = settled
+    found = searched(problem, JacobianNull())
+    positions = problem.batch.prompt_length[:, None] - 5 + torch.arange(3)
+    checks = checked(problem, found.delta, clamps_of(banks_of(deep)), positions)
+    assert checks.preactivation_drift.max() <= 1e-5
+    assert checks.preactivation_drift_elsewhere.max() <= 1e-5
+    assert (found.norm <= problem.radius * (1 + 1e-4)).all()
+    assert set(found.outcomes) == {"recovered"}, "there is room enough"
+
+
+def test_a_row_goes_the_way_that_it_goes_alone(
+    deep: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four prompts, each kept in the set in another way, together and each by itself."""
+    monkeypatch.setattr(frames, "SMALL", BETWEEN)
+    monkeypatch.setattr(preconditioners, "FEW", 30)
+    batch, clamps = tiny_batch(deep, N), clamps_of(banks_of(deep))
+    widths, later = torch.tensor([2, 1, 4, 4]), torch.tensor([0, 1, 1, 3])
+    steps = torch.arange(4)
+    begin = batch.prompt_length - later - widths
+    positions = torch.where(steps < widths[:, None], begin[:, None] + steps, -1)
+    together = posed_at(deep, batch, clamps, positions)
+    level = JacobianNull().feasible(together)
+    assert isinstance(level, SetPerRow)
+    ways = [level.sets.parts[i] for i in level.sets.owner.tolist()]
+    assert [type(way) for way in ways] == [Level, Framed, Framed, Level]
+    assert isinstance(ways[0], Level) and ways[0].in_place is not None
+    assert isinstance(ways[1], Framed) and isinstance(ways[1].coordinates, Offsets)
+    assert isinstance(ways[2], Framed) and isinstance(ways[2].coordinates, Settled)
+    assert isinstance(ways[3], Level) and isinstance(ways[3].near, Positions)
+    found = climbed(together)
+    for row in range(N):
+        own = torch.tensor([row])
+        alone = posed_at(deep, batch.rows(own), clamps, positions[own][:, : int(widths[row])])
+        one = climbed(alone)
+        slots = together.replay.columns[row] >= 0
+        delta = found.delta[row].view(len(SITES), -1, 32)[:, slots].flatten(0, 1)
+        apart = (one.delta[0] - delta).norm() / one.delta[0].norm()
+        # Products are summed until a share is left: rounding may end that a product earlier.
+        solved = isinstance(ways[row], Level)
+        assert apart < (0.01 if solved else 1e-3), f"row {row}"
+        torch.testing.assert_close(one.margin[0], found.margin[row], atol=0.01, rtol=0.01)
+
+
+def climbed(problem: Problem) -> Ascent:
+    """Some steps of every row, wherever they lead."""
+    n = len(problem)
+    climb = Climb(
+        torch.arange(n), torch.zeros(problem.shape), torch.full((n,), torch.inf), problem.radius,
+        torch.full((n,), 0.1),
+    )  # fmt: skip
+    return ascend(problem, JacobianNull().feasible(problem), climb, 2, JacobianNull().stepper)
+
+
+def test_steps_along_the_set_are_taken_back_along_it() -> None:
+    delta = torch.tensor([[[3.0, 4.0]], [[3.0, 4.0]], [[0.3, 0.4]]])
+    inward = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
+    radius = torch.tensor([3.5, 3.5, 1.0])
+    out = within(delta, radius, inward)
+    torch.testing.assert_close(out[0, 0], torch.tensor([3.0, 3.25**0.5]))
+    torch.testing.assert_close(out[1, 0], torch.tensor([0.0, 3.5]))  # as near as it leads, scaled
+    assert torch.equal(out[2], delta[2]), "inside already"
+    torch.testing.assert_close(within(delta, radius, None).norm(dim=(1, 2))[:2], radius[:2])
+
+
+def test_what_corrections_say_of_a_linear_map_is_all_there_is_to_know() -> None:
+    """Broyden's method ends after at most 2n steps in n dimensions, from any invertible start."""
+    draw = torch.Generator().manual_seed(0)
+    A = (torch.eye(3) + 0.4 * torch.randn(2, 3, 3, generator=draw)).double()
+    x = torch.randn(2, 1, 3, generator=draw).double()
+    start, learned = x.norm(dim=(1, 2)), Learned()
+    for _ in range(8):
+        step, learned = learned.step(-(x @ A))
+        x = x + step
+    assert (x.norm(dim=(1, 2)) < 1e-6 * start).all()
+
+
 def test_restoration_ends_in_the_set_and_in_the_ball(low: Problem) -> None:
     features = FeatureMap.of(low)
     near = prepared(features)[0]
@@ -457,6 +603,7 @@ def test_repeated_features_are_no_further_constraints(deep: Subject, prompts: Ba
     twice = replace(bank, W_enc=bank.W_enc[..., [0, 0]])
     problem = posed(deep, prompts, (), (site,), held=(site,))
     level = JacobianNull().feasible(replace(problem, held={site: twice}))
+    assert isinstance(level, Framed)
     assert (level.dimension == 31).all()
     assert Linearized(level.features, level.retract(somewhere(problem))).held.max() < 1e-6
 
@@ -467,6 +614,7 @@ def test_bfloat16_is_held_up_to_its_rounding(prompts: Batch) -> None:
     coarse = Subject.of("tiny", model.to(torch.bfloat16), tiny_tokenizer(), saes)
     problem = posed(coarse, prompts, clamps_of(banks_of(coarse)), back=2)
     level = JacobianNull().feasible(problem)
+    assert isinstance(level, Framed)
     assert 1e-3 < level.tolerance < torch.finfo(torch.bfloat16).eps
     point = level.retract(somewhere(problem, 0.2))
     assert Linearized(level.features, point).held.max() <= level.tolerance

@@ -1,4 +1,4 @@
-"""J itself near some iterates, factored: for few constraints on few unknowns."""
+"""J itself near some iterates, factored: for rows with few constraints on few unknowns."""
 
 from __future__ import annotations
 
