@@ -13,6 +13,9 @@ from torch import Tensor
 LOOK = 8
 """Rounds of a loop between two looks at what has ended, on a device that has to be waited for."""
 
+PASSES = 2
+"""The same where a round runs blocks of the model, which costs more than a wait."""
+
 
 def looks(device: torch.device) -> int:
     """Rounds between two looks: on the CPU nobody waits."""

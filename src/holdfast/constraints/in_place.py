@@ -22,17 +22,13 @@ from holdfast.problem import Problem
 from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subspace import FeasibleSet, Iterate, norms
-from holdfast.waiting import perhaps
+from holdfast.waiting import PASSES, perhaps
 
 SLACK = 1e-4
 """Relative amount by which a norm may exceed its budget."""
 
 MAX_ROUNDS = 8
 """Most times an iterate is scaled into its ball and retracted again."""
-
-PASSES = 2
-"""Rounds between two looks at whether all fit, where the device has to be waited for: a round is a
-pass of the model, which costs more than a wait."""
 
 
 class HoldingKind(ConstraintKind):
