@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.subspace import Iterate, into_ball
-from holdfast.waiting import perhaps
+from holdfast.waiting import due, perhaps
 
 MAX_ITERATIONS = 30
 """Active sets tried; a handful is usual."""
@@ -108,4 +108,5 @@ def _solve(G: Tensor, want: Tensor, binding: Tensor) -> Tensor:
     """λ [n p k] with (Gλ)_i = want_i for binding i and λ_i = 0 for the others."""
     on = binding.to(G.dtype)
     masked = G * on[..., None] * on[..., None, :] + torch.diag_embed(1 - on)
-    return torch.linalg.solve(masked, want * on)
+    # Whether a matrix is singular is a question too. Unasked, what comes of one is not finite.
+    return torch.linalg.solve_ex(masked, want * on, check_errors=due(0, G.device))[0]

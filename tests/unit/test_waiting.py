@@ -44,7 +44,8 @@ def test_the_counter_counts() -> None:
         x.tolist()
         torch.as_tensor([1, 2])
         torch.isin(x, x)
-    assert len(places) >= 9
+        torch.linalg.solve(torch.eye(4), x)
+    assert len(places) >= 10
     with counted() as places:
         x[torch.zeros(1, dtype=torch.long)]
         torch.where(x > 0, x, 0.0).sum()
@@ -238,6 +239,24 @@ def test_rows_that_have_ended_stay_where_they_are_until_somebody_looks(
         found.append(a_step_of(sets, problem, gradient, 1.0))
     for seldom in found[1:]:
         torch.testing.assert_close(seldom, found[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", [0.1, 10.0])
+def test_the_true_jacobians_set_waits_seldom_and_finds_the_same(
+    subject: Subject, batch: Batch, length: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, sets = a_set(subject, batch, "jacobian_null", SITES)
+    gradient = length * torch.randn(problem.shape)
+    found, waits = [], []
+    for every in (1, waiting.LOOK):
+        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+        a_step_of(sets, problem, gradient, 1.0)
+        with counted() as places:
+            found.append(a_step_of(sets, problem, gradient, 1.0))
+        waits.append(len(places))
+    often, seldom = found
+    torch.testing.assert_close(seldom, often, rtol=1e-5, atol=1e-6)
+    assert seldom.abs().max() > 0 and waits[1] < waits[0], waits
 
 
 def test_a_step_of_several_constraints_in_one_batch_never_waits(

@@ -249,9 +249,9 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Seeds:
-    """A line along seeds. drawn: what they draw, in words. rates: by seed; spread: their standard deviation; expected: what the
-    prompts' number alone would make of equal rates; pooled: mean with seeds and prompts resampled,
-    so that a prompt seen under several seeds counts once."""
+    """A line along seeds. drawn: what they draw, in words. rates: by seed; spread: their standard
+    deviation; expected: what the prompts' number alone would make of equal rates; pooled: mean with
+    seeds and prompts resampled, so that a prompt seen under several seeds counts once."""
 
     audit: str
     name: str
