@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Search:
     """One search of a stack: how many of the stack's rows are its own, following those of the
-    search before; how it searches them; and the seed of its random starts."""
+    search before; how it searches them; and the seed of its random starts: the spec's, or the
+    study's where it has none."""
 
     n: int
     spec: RecoverySpec

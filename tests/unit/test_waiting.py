@@ -16,7 +16,7 @@ from holdfast.constraints import CONSTRAINTS
 from holdfast.edits import Edit, FeatureEdit, Perturbation
 from holdfast.errors import NonFiniteError
 from holdfast.features import FeatureSet, SiteFeatures
-from holdfast.gates import Gate, PromptGate
+from holdfast.gates import DirectionGate, Gate, PromptGate, Sensor
 from holdfast.problem import Lanes, Problem
 from holdfast.recovery import RecoverySpec, Search
 from holdfast.replay import Replay
@@ -336,6 +336,36 @@ def test_looking_seldom_gives_the_same_tokens(
     for often, seldom in zip(*made, strict=True):
         assert torch.equal(often, seldom)
     assert any(tokens.shape[1] % waiting.LOOK for tokens in made[0]), "nothing was cut"
+
+
+def test_what_the_prompt_decided_stays_while_the_answer_is_made(
+    subject: Subject, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody asks whether an edit selects anything, it is applied, and changes nothing."""
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    (plain,) = clamps(subject, "plain")[1:]
+    assert isinstance(plain, FeatureEdit)
+    read = DirectionGate(SITES[0], direction, -1.0)
+    cosines = []
+    with monkeypatch.context() as patch:
+        measured = DirectionGate.cosines
+        patch.setattr(
+            DirectionGate, "cosines",
+            lambda self, x, frame: cosines.append(measured(self, x, frame)) or cosines[-1],
+        )  # fmt: skip
+        subject.outputs(batch, (Sensor(read),))
+    gate = replace(read, above=float(cosines[0].median()))
+    edits = (
+        Sensor(gate), replace(plain, gate=gate, value=30.0),
+        replace(plain, where="prompt", value=9.0), replace(plain, where="generated", value=9.0),
+    )  # fmt: skip
+    made = []
+    for every in (1, waiting.LOOK):
+        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+        made.append([subject.generate(batch, own, 9) for own in (edits, edits[:2], edits[2:3])])
+    for often, seldom in zip(*made, strict=True):
+        assert torch.equal(often, seldom)
+    assert not torch.equal(made[0][1], subject.generate(batch, (), 9)), "the fixture: it acts"
 
 
 def test_generation_waits_every_few_tokens(
