@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique",
-          "unique_dim", "unique_consecutive", "isin")  # fmt: skip
+          "unique_dim", "unique_consecutive", "isin", "_linalg_check_errors")  # fmt: skip
 
 
 class Waits(TorchDispatchMode):

@@ -15,13 +15,10 @@ from torch import Tensor
 from holdfast.problem import Lanes, Problem, violation_of
 from holdfast.steppers import Stepper
 from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
+from holdfast.waiting import due
 
 STILL = 3
 """Steps in a row that may leave a lane exactly where it was; then it has ended."""
-
-LOOK = 8
-"""Steps between two looks at which lanes have ended, on a device that has to be waited for. A lane
-that has ended keeps what it found, and costs its share of the steps until then."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,6 @@ def _ascend(
 
     live = torch.arange(n, device=device)  # lanes in the batch
     searching = torch.ones_like(diverged)  # of these: which have not ended
-    look = looks(device)
     state = stepper.start(delta)
     still = torch.zeros(n, dtype=torch.long, device=device)
     for step in range(steps + 1):
@@ -188,7 +184,8 @@ def _ascend(
         searching = searching & finite & (still < STILL) & (radius < least[rows])
         if last:
             break
-        if step % look == 0 and not searching.all():  # the one place that waits for the device
+        # A lane that has ended keeps what it found, and costs its share of the steps until then.
+        if due(step, device) and not searching.all():
             if not searching.any():
                 break
             index = searching.nonzero().flatten()
@@ -220,11 +217,6 @@ def _margin_and_gradient(lanes: Lanes, delta: Tensor, last: bool) -> tuple[Tenso
     (gradient,) = torch.autograd.grad(climbed.sum(), leaf)
     delta.requires_grad_(False)
     return margin.detach(), gradient
-
-
-def looks(device: torch.device) -> int:
-    """Steps between two looks at which lanes have ended: on the CPU nobody waits."""
-    return 1 if device.type == "cpu" else LOOK
 
 
 def _noted(

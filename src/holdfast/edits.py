@@ -212,7 +212,7 @@ class Perturbation:
         return torch.stack(squares).sum(0).sqrt()
 
     def _own_rows(self, frame: Frame) -> Tensor:
-        return frame.once(self, lambda: self._found(frame))
+        return frame.once_for_rows(self, lambda: self._found(frame))
 
     def _found(self, frame: Frame) -> Tensor:
         unknown = [example for example in frame.ids if example not in self._row]

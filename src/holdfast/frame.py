@@ -21,7 +21,8 @@ class Frame:
     included; bos [b]: whether position 0 is a beginning-of-sequence token; template [b]: position
     of the first token of the chat template after the instruction, prompt_length without one;
     decided: what edits decided on these prompts, [b] by the id of what did. A frame of what follows
-    a prompt, made by `replace`, has it from the prompt's.
+    a prompt, made by `replace`, has it from the prompt's. of_rows: what was worked out of the rows
+    alone, likewise.
     """
 
     ids: tuple[str, ...]
@@ -33,9 +34,14 @@ class Frame:
     decided: dict[int, tuple[object, Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    of_rows: dict[int, tuple[object, Any]] = field(default_factory=dict, repr=False, compare=False)
     _known: dict[int, tuple[object, Any]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def once_for_rows(self, owner: object, work_out: Callable[[], T]) -> T:
+        """`once` for what comes from ids and groups, whichever columns these are."""
+        return _kept(self.of_rows, owner, work_out)
 
     def once(self, owner: object, work_out: Callable[[], T]) -> T:
         """What `owner` works out of the frame alone, worked out the first time it is asked for.
@@ -43,17 +49,14 @@ class Frame:
         The steps of a search pass one frame again and again. What comes from lists would be built
         and copied to the device each time, and the device waited for.
         """
-        if id(owner) not in self._known:
-            self._known[id(owner)] = (owner, work_out())  # the owner too: ids are used again
-        found: T = self._known[id(owner)][1]
-        return found
+        return _kept(self._known, owner, work_out)
 
     def to(self, device: torch.device) -> Frame:
         """The same frame on a device; itself if it is there."""
         if self.positions.device == device:
             return self
         names = ("positions", "prompt_length", "bos", "template")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return replace(self, of_rows={}, **{name: getattr(self, name).to(device) for name in names})
 
     def rows(self, rows: Tensor) -> Frame:
         """The same columns for some rows, in the order given; repeats are allowed."""
@@ -73,3 +76,10 @@ class Frame:
 
     def columns(self, columns: slice) -> Frame:
         return replace(self, positions=self.positions[:, columns])
+
+
+def _kept(known: dict[int, tuple[object, Any]], owner: object, work_out: Callable[[], T]) -> T:
+    if id(owner) not in known:
+        known[id(owner)] = (owner, work_out())  # the owner too: ids are used again
+    found: T = known[id(owner)][1]
+    return found

@@ -146,16 +146,23 @@ class DirectionGate:
 
     def cosines(self, x: Tensor, frame: Frame) -> Tensor:
         """[b] of x [b s d_model] at the last token of each prompt, in float32 at least."""
-        last = frame.once(self, lambda: frame.positions == frame.prompt_length[:, None] - 1)
-        at = last.int().argmax(1).to(x.device)
+        at = self._last(frame).int().argmax(1).to(x.device)
         h = x[torch.arange(len(x), device=x.device), at]
         h = h if h.dtype == torch.float64 else h.float()
         unit = (self.direction / self.direction.norm()).to(h)
         return h @ unit / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
 
     def decide(self, x: Tensor, frame: Frame) -> None:
-        """Note in the frame of whole prompts whether it is open on each."""
-        frame.decided[id(self)] = (self, (self.cosines(x, frame) > self.above).detach())
+        """Note in the frame whether it is open on each prompt whose last token is there."""
+        decided = (self.cosines(x, frame) > self.above).detach()
+        if id(self) in frame.decided:
+            there = self._last(frame).any(1).to(x.device)
+            decided = torch.where(there, decided, frame.decided[id(self)][1].to(x.device))
+        frame.decided[id(self)] = (self, decided)
+
+    def _last(self, frame: Frame) -> Tensor:
+        """[b s] bool: the last token of each prompt."""
+        return frame.once(self, lambda: frame.positions == frame.prompt_length[:, None] - 1)
 
     def opens(self, x: Tensor, frame: Frame) -> Tensor:
         if id(self) not in frame.decided:

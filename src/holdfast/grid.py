@@ -24,7 +24,7 @@ VARIANT = "variant"
 CONSTRAINT = "recovery.constraint.kind"
 MAX_LABEL = 36
 
-_VAGUE = ("relative", "absolute", "kind", "value", "test", "fit")
+_VAGUE = ("relative", "absolute", "kind", "value", "test", "fit", "seed")
 """Last parts of a path that say little without the part before them."""
 
 

@@ -22,6 +22,7 @@ from holdfast.edits import Edit, decided_on_whole
 from holdfast.errors import EditError
 from holdfast.families import family_of
 from holdfast.sites import Site
+from holdfast.waiting import perhaps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def apply_edits(edits: Sequence[Edit], site: Site, x: Tensor, frame: Frame) -> T
     return x
 
 
-Fired = Mapping[tuple[int, Site], int]
+Fired = Mapping[tuple[int, Site], int | Tensor]
 """On how many tokens an edit, by its id(), has acted at a site."""
 
 
@@ -53,7 +54,7 @@ class AttachedEdits:
         self._blocks = blocks
         self._edits = tuple(edits)
         self._handles: list[Any] = []
-        self._fired: dict[tuple[int, Site], int] = defaultdict(int)
+        self._fired: dict[tuple[int, Site], int | Tensor] = defaultdict(int)
         self.frame: Frame | None = None
 
     def __enter__(self) -> AttachedEdits:
@@ -70,7 +71,7 @@ class AttachedEdits:
         if kind is None:
             for index, edit in enumerate(self._edits):
                 for site in edit.sites:
-                    edit.check_fired(site, self._fired[index, site])
+                    edit.check_fired(site, int(self._fired[index, site]))
 
     def fired(self) -> Fired:
         """So far, in all passes."""
@@ -80,7 +81,11 @@ class AttachedEdits:
         """Count what edits did in passes that were run before and stand for a part of these."""
         for index, edit in enumerate(self._edits):
             for site in edit.sites:
-                self._fired[index, site] += fired.get((id(edit), site), 0)
+                self._count((index, site), fired.get((id(edit), site), 0))
+
+    def _count(self, which: tuple[int, Site], n: int | Tensor) -> None:
+        # A number on the device until somebody asks, and never changed in place: it may be kept.
+        self._fired[which] = self._fired[which] + n
 
     def mark(self) -> Callable[[], None]:
         """What takes back all that the edits will have noted from here on: a piece of rows that ran
@@ -145,10 +150,11 @@ class AttachedEdits:
             raise EditError(f"at {site}: expected {expected}, got a block's {tuple(x.shape)}")
         for index, edit in enumerate(self._edits):
             if site in edit.sites:
-                n_selected = int(edit.selects(site, frame).sum())
-                self._fired[index, site] += n_selected
+                selected = edit.selects(site, frame)
+                self._count((index, site), selected.sum())
                 # One that decides on the prompt has to see it, also where it acts on the answer.
-                if n_selected or decided_on_whole((edit,)):
+                # Where the device is not asked, an edit that selects nothing changes nothing.
+                if perhaps(selected) or decided_on_whole((edit,)):
                     x = edit.apply(site, x, frame)
         return x
 

@@ -23,36 +23,59 @@ T = TypeVar("T", bound=HasRows)
 
 
 @dataclass(frozen=True)
-class Dealt(Generic[T]):
-    """n rows dealt to several owners: owner [n] is the part that each belongs to, and every part
-    has its own rows in the order in which they stand here."""
+class Owners:
+    """Which of m owners each of n rows has: number [n]. A device is waited for when rows are first
+    looked up, and so whenever some have left the batch, and not in each step."""
 
-    parts: tuple[T, ...]
-    owner: Tensor
+    number: Tensor
+    m: int
 
     @cached_property
     def own(self) -> tuple[Tensor, ...]:
-        """The rows of each part, in order."""
-        return tuple((self.owner == i).nonzero().flatten() for i in range(len(self.parts)))
+        """The rows of each owner, in order."""
+        return tuple((self.number == i).nonzero().flatten() for i in range(self.m))
 
     @cached_property
-    def _back(self) -> Tensor:
-        """[n] where each row stands if the parts' rows are laid end to end."""
+    def back(self) -> Tensor:
+        """[n] where each row stands if the owners' rows are laid end to end."""
         return torch.cat(self.own).argsort()
+
+    def rows(self, rows: Tensor) -> Owners:
+        """Those of some rows, in the order given; repeats are allowed."""
+        return Owners(self.number[rows], self.m)
+
+
+@dataclass(frozen=True)
+class Dealt(Generic[T]):
+    """n rows dealt to several owners: each has a part, for its own rows in the order in which they
+    stand here."""
+
+    parts: tuple[T, ...]
+    owners: Owners
+
+    @classmethod
+    def to(cls, parts: Sequence[T], owner: Tensor) -> Dealt[T]:
+        """owner [n]: the part that each row belongs to."""
+        return cls(tuple(parts), Owners(owner, len(parts)))
+
+    @property
+    def own(self) -> tuple[Tensor, ...]:
+        """The rows of each part, in order."""
+        return self.owners.own
 
     def rows(self, rows: Tensor) -> Dealt[T]:
         """Some rows, in the order given; repeats are allowed. Parts left without a row are gone."""
         within = torch.cat([torch.arange(len(own), device=rows.device) for own in self.own])
-        within = within[self._back][rows]
-        owner = self.owner[rows]
+        within = within[self.owners.back][rows]
+        owner = self.owners.number[rows]
         here = owner.unique(sorted=True)
-        parts = tuple(self.parts[i].rows(within[owner == i]) for i in here.tolist())
-        return Dealt(parts, torch.searchsorted(here, owner))
+        parts = [self.parts[i].rows(within[owner == i]) for i in here.tolist()]
+        return Dealt.to(parts, torch.searchsorted(here, owner))
 
     def each(self, act: Callable[[T, Tensor], Tensor]) -> Tensor:
         """[n …] from every part and its rows, put back in order."""
         made = [act(part, own) for part, own in zip(self.parts, self.own, strict=True)]
-        return made[0] if len(made) == 1 else torch.cat(made)[self._back]
+        return made[0] if len(made) == 1 else torch.cat(made)[self.owners.back]
 
 
 @dataclass(frozen=True)
@@ -72,7 +95,7 @@ class SetPerRow:
         """Those that keep something of where they are, with what they keep there."""
         pairs = zip(self.sets.parts, self.sets.own, strict=True)
         parts = (p.around(at.rows(own)) if isinstance(p, Charted) else p for p, own in pairs)
-        return SetPerRow(Dealt(tuple(parts), self.sets.owner))
+        return SetPerRow(Dealt(tuple(parts), self.sets.owners))
 
     def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:
         return self.sets.each(lambda part, own: part.tangent(gradient[own], at.rows(own)))
@@ -90,7 +113,7 @@ def set_by_owner(owner: Tensor, made: Callable[[int, Tensor], FeasibleSet]) -> F
     """One set for rows of several owners [n]; made: of an owner's number and its rows, in order."""
     numbers, own = owner.unique(sorted=True, return_inverse=True)
     sets = [made(int(k), (owner == k).nonzero().flatten()) for k in numbers]
-    return sets[0] if len(sets) == 1 else SetPerRow(Dealt(tuple(sets), own))
+    return sets[0] if len(sets) == 1 else SetPerRow(Dealt.to(sets, own))
 
 
 @dataclass(frozen=True)
@@ -125,7 +148,7 @@ class StepperPerRow:
     """
 
     steppers: tuple[Stepper, ...]
-    owner: Tensor
+    owners: Owners
 
     @classmethod
     def of(cls, steppers: Sequence[Stepper], owner: Tensor) -> Stepper:
@@ -134,19 +157,19 @@ class StepperPerRow:
         if len(distinct) == 1:
             return distinct[0]
         number = [distinct.index(stepper) for stepper in steppers]
-        return cls(distinct, torch.as_tensor(number, device=owner.device)[owner])
+        of_row = torch.as_tensor(number, device=owner.device)[owner]
+        return cls(distinct, Owners(of_row, len(distinct)))
 
     def rows(self, rows: Tensor) -> StepperPerRow:
-        return StepperPerRow(self.steppers, self.owner[rows])
+        return StepperPerRow(self.steppers, self.owners.rows(rows))
 
     def start(self, delta: Tensor) -> State:
         return tuple(part for stepper in self.steppers for part in stepper.start(delta))
 
     def move(self, state: State, gradient: Tensor) -> tuple[Tensor, State]:
         moves, after, begin = torch.zeros_like(gradient), [], 0
-        for index, stepper in enumerate(self.steppers):
+        for stepper, own in zip(self.steppers, self.owners.own, strict=True):
             end = begin + len(stepper.start(gradient[:0]))  # the rule's part of the state
-            own = (self.owner == index).nonzero().flatten()
             mine = state[begin:end]
             move, changed = stepper.move(tuple(part[own] for part in mine), gradient[own])
             moves[own] = move

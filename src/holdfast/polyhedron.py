@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.subspace import Iterate, into_ball
+from holdfast.waiting import due, perhaps
 
 MAX_ITERATIONS = 30
 """Active sets tried; a handful is usual."""
@@ -72,7 +73,7 @@ class Polyhedron:
         point = v - torch.bmm(multiplier * self.sign, A.mT)
         with torch.no_grad():
             lost = self._exceeds(point, A)
-        if lost.any():
+        if perhaps(lost):
             # Active sets went in circles. With every bound held at 0 the point is in the set, and
             # nearly the nearest if bounds are tight.
             careful = v - torch.bmm(_solve(G, c, self.equal | self.bounded) * self.sign, A.mT)
@@ -85,15 +86,15 @@ class Polyhedron:
     def _binding(self, G: Tensor, want: Tensor) -> Tensor:
         """[n p k] bool: directions whose bound holds with equality at the nearest point."""
         binding = self.equal | (self.bounded & (want > 0))
-        for _ in range(MAX_ITERATIONS):
+        for rounds in range(1, MAX_ITERATIONS + 1):
             multiplier = _solve(G, want, binding)
             slack = want - (G @ multiplier[..., None]).squeeze(-1)
             # A bound binds while it pushes; it starts to where it would be exceeded.
             pushed = torch.where(binding, multiplier > 0, slack > 0)
             now = self.equal | (self.bounded & pushed)
-            if torch.equal(now, binding):
+            changed, binding = now != binding, now
+            if not perhaps(changed, rounds):
                 break
-            binding = now
         return binding
 
     def _exceeds(self, point: Tensor, A: Tensor) -> Tensor:
@@ -107,4 +108,5 @@ def _solve(G: Tensor, want: Tensor, binding: Tensor) -> Tensor:
     """λ [n p k] with (Gλ)_i = want_i for binding i and λ_i = 0 for the others."""
     on = binding.to(G.dtype)
     masked = G * on[..., None] * on[..., None, :] + torch.diag_embed(1 - on)
-    return torch.linalg.solve(masked, want * on)
+    # Whether a matrix is singular is a question too. Unasked, what comes of one is not finite.
+    return torch.linalg.solve_ex(masked, want * on, check_errors=due(0, G.device))[0]

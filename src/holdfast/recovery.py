@@ -81,7 +81,8 @@ class RecoverySpec(Config):
     its first step as a share of the round's ball. tolerance: relative width at which the smallest
     norm is known. doublings: how often the steps are doubled before the answer is `undecided`.
     schedule: search by these stages in place of all that, as a published search did; the norm that
-    is reported as the smallest is then the one they ended at.
+    is reported as the smallest is then the one they ended at. seed: of starts and draws of the
+    search alone, with prompts, splits and features as they are; None for the study's.
     """
 
     order: Literal["clamp_then_perturbation", "perturbation_then_clamp"] = "clamp_then_perturbation"
@@ -98,6 +99,7 @@ class RecoverySpec(Config):
     doublings: int = Field(2, ge=1)
     # Left out of an identity where it changes nothing.
     schedule: Annotated[Schedule | None, LATER] = None
+    seed: Annotated[int | None, LATER] = None
 
     @model_validator(mode="after")
     def _can_be_staged(self) -> RecoverySpec:

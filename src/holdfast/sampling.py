@@ -41,7 +41,7 @@ class Sampled:
 
     def __call__(self, ids: Sequence[str], logits: Tensor) -> Tensor:
         chances = torch.softmax(logits.double() / self.temperature, -1).cumsum(-1)
-        at = chances[:, -1:] * self._uniform(ids).to(chances)[:, None]
+        at = chances[:, -1:] * self._uniform(ids).to(chances, non_blocking=True)[:, None]
         # To the right of ties: a token without any chance is never drawn.
         drawn = torch.searchsorted(chances, at, right=True).squeeze(1)
         return drawn.clamp(max=logits.shape[-1] - 1)

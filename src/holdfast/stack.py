@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Search:
     """One search of a stack: how many of the stack's rows are its own, following those of the
-    search before; how it searches them; and the seed of its random starts."""
+    search before; how it searches them; and the seed of its random starts: the spec's, or the
+    study's where it has none."""
 
     n: int
     spec: RecoverySpec
@@ -91,7 +92,7 @@ class Stack:
             problem, feasible = only.problem, only.feasible
         else:
             problem = _acting(loose, posed, owner)
-            feasible = SetPerRow(Dealt(tuple(part.feasible for part in posed), owner))
+            feasible = SetPerRow(Dealt.to([part.feasible for part in posed], owner))
         stepper = StepperPerRow.of([part.stepper for part in posed], owner)
         return cls(tuple(searches), loose, problem, tuple(posed), feasible, stepper)
 
@@ -139,7 +140,7 @@ def _acting(loose: Problem, posed: Sequence[Posed], owner: Tensor) -> Problem:
     if not sites:
         return loose
     hold = {
-        site: HoldPerRow(Dealt(tuple(holds.get(site, Free()) for holds in own), owner))
+        site: HoldPerRow(Dealt.to([holds.get(site, Free()) for holds in own], owner))
         for site in sites
     }
     return replace(loose, replay=replace(loose.replay, hold=hold))

@@ -92,10 +92,10 @@ def _stacks_of(earlier: Mapping[str, Any] | None) -> list[tuple[str, ...]]:
 def stacked(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
     """Trials that are best run together, in the order of the first of each.
 
-    Searches of one setting that differ in constraint, target, budget or goal can be rows of one
-    batch, but for constraints with passes of their own, which share a batch with their like alone,
-    and controls with prompts or edits of their own. Who is searched beside whom does not depend on
-    where a study runs, but on which of its trials it is to run: `StackPlan`.
+    Searches of one setting that differ in constraint, target, budget, goal or their own seed can be
+    rows of one batch, but for constraints with passes of their own, which share a batch with their
+    like alone, and controls with prompts or edits of their own. Who is searched beside whom does
+    not depend on where a study runs, but on which of its trials it is to run: `StackPlan`.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:

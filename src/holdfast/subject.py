@@ -26,6 +26,7 @@ from holdfast.saes.sae import SAE
 from holdfast.saes.stored import StoredSAE
 from holdfast.sampling import Choice, greedy
 from holdfast.sites import Site
+from holdfast.waiting import due, perhaps
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -371,10 +372,10 @@ class Subject:
         if cache is None:
             cache, start = DynamicCache(config=self.model.config), 0
         tokens, positions, mask = batch.tokens[:, start:], batch.positions[:, start:], batch.mask
-        done = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
-        made = []
+        done, bad = torch.zeros(2, len(batch), dtype=torch.bool, device=self.device)
+        made, length = [], torch.zeros(len(batch), dtype=torch.long, device=self.device)
         whole = batch.frame()
-        for _ in range(max_new_tokens):
+        for n in range(1, max_new_tokens + 1):
             attached.frame = replace(whole, positions=positions)
             logits = self.model(
                 input_ids=tokens,
@@ -384,20 +385,28 @@ class Subject:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            self.check_finite(logits, batch.ids)
+            bad = bad | (~_finite(logits) & ~done.all())
+            # What was chosen from logits that are not finite is not returned: the last look raises.
+            if n == max_new_tokens or due(n, self.device):
+                self._check_none(bad, batch.ids)
             chosen = torch.where(done, pad, choose(batch.ids, logits))
             made.append(chosen)
-            done = done | torch.isin(chosen, ends)
-            if bool(done.all()):
+            length = length + ~done
+            done = done | (chosen[:, None] == ends).any(1)
+            if not perhaps(~done, n):
                 break
             tokens = chosen[:, None]
             positions = positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(batch), 1)], 1)
-        return torch.stack(made, 1)
+        # Without the tokens that were made after the last row had ended, before anybody looked.
+        return torch.stack(made, 1)[:, : int(length.max())]
 
     def check_finite(self, logits: Tensor, ids: Sequence[str]) -> None:
         """Raise NonFiniteError naming the rows of logits [b vocab] that are NaN or infinite."""
-        bad = ~torch.isfinite(logits).all(-1)
+        self._check_none(~_finite(logits), ids)
+
+    def _check_none(self, bad: Tensor, ids: Sequence[str]) -> None:
+        """Raise NonFiniteError naming the rows [b] that are `bad`."""
         if bad.any():
             rows = [ids[i] for i in bad.nonzero().flatten().tolist()]
             raise NonFiniteError(
@@ -433,6 +442,11 @@ class _Last(EveryToken):
 
     def check_fired(self, site: Site, n_fired: int) -> None:
         """It ends the pass, so that one which ends by itself has not come by."""
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """[b] of [b vocab]."""
+    return torch.isfinite(logits).all(-1)
 
 
 def _device_of(block: nn.Module) -> torch.device:

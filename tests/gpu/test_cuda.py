@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.ascent import Climb, _ascend
 from holdfast.batching import Batching
+from holdfast.constraints import CONSTRAINTS
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.executor import Runtime
@@ -105,6 +108,42 @@ def test_a_replayed_step_does_not_wait_for_the_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert gradient.abs().max() > 0
+
+
+PER_STEP = {
+    "unconstrained": 0, "gradient_projection": 0, "random_subspace": 0, "encoder_null": 0,
+    "active_null": 0, "one_sided": 3, "feature_floor": 3,
+}  # fmt: skip
+"""Constraint of one site → most waits of a step: rounds of active sets, a look each eight."""
+
+
+@pytest.mark.parametrize("kind", PER_STEP)
+def test_a_search_waits_for_the_gpu_as_seldom_as_is_said(kind: str) -> None:
+    """Counted by CUDA itself: `tests/unit/test_waiting.py` counts what is known to wait."""
+    subject = on_cuda()
+    batch = tiny_batch(subject, 6)
+    constraint = CONSTRAINTS.parse({"kind": kind})
+    problem = tiny_problem(subject, batch, FeatureBank.of(subject.sae(SITE), FEATURES))
+    problem = constraint.acting(problem)
+    sets, stepper = constraint.feasible(problem), constraint.stepper
+    rows = torch.arange(6, device="cuda")
+    far, lr = torch.full((6,), 1e9, device="cuda"), torch.full((6,), 0.1, device="cuda")
+    start = torch.zeros(problem.shape, device="cuda")
+    climb = Climb(rows, start, far, problem.radius, lr)
+
+    def waits(steps: int) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                _ascend(problem, sets, climb, steps, stepper, 1.0, None)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
+    waits(2)  # what is worked out once
+    # Sixteen steps more are two more looks at which lanes have ended, of two questions at most.
+    assert waits(24) - waits(8) <= 2 * 2 + 16 * PER_STEP[kind]
 
 
 def test_a_prefix_of_more_rows_than_a_step_takes_waits_on_the_host() -> None:

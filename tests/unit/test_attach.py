@@ -645,9 +645,11 @@ def test_a_frame_follows_the_residual_to_another_device(subject: Subject, batch:
     seen = Capture(SITE)
     attached_edits = AttachedEdits(subject.model.model.layers, [seen])
     attached_edits.frame = batch.frame()
-    with pytest.raises((NotImplementedError, RuntimeError)):  # nothing can be read of a meta tensor
-        attached_edits._edit(SITE, torch.empty(*batch.tokens.shape, 32, device="meta"))
+    # Nothing can be read of a meta tensor: here nobody asks whether the edit selects anything.
+    attached_edits._edit(SITE, torch.empty(*batch.tokens.shape, 32, device="meta"))
     assert attached_edits.frame.positions.device.type == "meta"
+    ((frame, x),) = seen.seen
+    assert {frame.positions.device.type, x.device.type} == {"meta"}
 
 
 def test_models_of_one_architecture_do_not_share_hooks(subject: Subject, batch: Batch) -> None:

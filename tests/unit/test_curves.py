@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from holdfast.grid import Point as Coordinates
+from holdfast.grid import axis_name
 from holdfast.planning import plan
 from holdfast.report import write_report
 from holdfast.report.curves import (
@@ -232,6 +233,16 @@ def test_seeds_of_the_same_prompts_are_not_pooled_as_if_they_were_others() -> No
     assert found.n_prompts == 24 and found.spread == 0 and found.pooled.estimate == 0.5
     naive = clustered_rate([float(h) for h in hits * 6])
     assert found.pooled.high - found.pooled.low > 2 * (naive.high - naive.low)
+
+
+@pytest.mark.parametrize(
+    ("path", "word"), [("seed", "of the study"), ("recovery.seed", "of the search")]
+)
+def test_the_spread_says_which_seed_it_is_of(path: str, word: str) -> None:
+    points = [point({path: s}, [True] * 4 + [False] * (4 + s)) for s in (0, 1)]
+    (found,) = seeds_of(audit(*points))
+    assert word in found.drawn and [name for name, _ in found.rates] == ["0", "1"]
+    assert axis_name("recovery.seed") == "recovery.seed" and axis_name("seed") == "seed"
 
 
 def test_spread_between_seeds_is_seen_beside_what_chance_makes() -> None:

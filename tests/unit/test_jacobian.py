@@ -455,7 +455,7 @@ def test_a_row_goes_the_way_that_it_goes_alone(
     together = posed_at(deep, batch, clamps, positions)
     level = JacobianNull().feasible(together)
     assert isinstance(level, SetPerRow)
-    ways = [level.sets.parts[i] for i in level.sets.owner.tolist()]
+    ways = [level.sets.parts[i] for i in level.sets.owners.number.tolist()]
     assert [type(way) for way in ways] == [Level, Framed, Framed, Level]
     assert isinstance(ways[0], Level) and ways[0].in_place is not None
     assert isinstance(ways[1], Framed) and isinstance(ways[1].coordinates, Offsets)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast import ascent
+from holdfast import waiting
 from holdfast.ascent import Climb, ascend
 from holdfast.batch import Batch, Frame
 from holdfast.batching import Batching
@@ -278,7 +278,7 @@ def test_looking_seldom_which_lanes_have_ended_finds_the_same(
     monkeypatch.setattr(Lanes, "climbed", counted)
     found, n_lanes = [], []
     for every in (1, 8):
-        monkeypatch.setattr(ascent, "looks", lambda device, every=every: every)
+        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
         lanes.clear()
         found.append(recover(problem, spec, seed=0))
         n_lanes.append(sum(lanes))

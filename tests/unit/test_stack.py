@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast.ascent import Ascent, Climb, ascend
 from holdfast.attacks import Attacked, TrialResult
-from holdfast.attacks.residual import MOST_ROWS, _sharing, pose, pose_together
+from holdfast.attacks.residual import MOST_ROWS, _searched, _sharing, pose, pose_together
 from holdfast.batch import Example
 from holdfast.batching import Beginning, Sizes
 from holdfast.controls import Case
@@ -35,7 +35,7 @@ from holdfast.steppers import Adam, Steepest
 from holdfast.study import bundled, parse
 from holdfast.subspace import Everything, Iterate
 from holdfast.testing import tiny_batch, tiny_subject
-from holdfast.trial import Ended, Lab, Trial, run_trial, run_trials
+from holdfast.trial import Ended, Lab, Trial, run_trial, run_trials, setting_key
 from tests.unit.recovered import features_at, set_up
 
 SITES = (Site(1), Site(2))
@@ -141,6 +141,30 @@ def test_constraints_targets_budgets_and_seeds_find_what_they_find_alone(
         assert torch.equal(recovery.lane_steps, by_itself.lane_steps), "it ran more, or less"
     one, other = found[len(ONE_SITE)], found[len(ONE_SITE) + 1]
     assert not torch.equal(one.delta, other.delta), "two seeds, two random starts"
+
+
+def test_a_seed_of_the_search_is_the_studys_for_the_search_alone(one_site: Setting) -> None:
+    specs = [spec_of("encoder_null", 0.05, **seed) for seed in ({}, {"seed": 1}, {"seed": 0})]
+    assert specs[0].pace == specs[1].pace
+    members = [attacked(one_site, spec) for spec in specs]
+    assert len(_sharing(members)) == 1, "rows of one batch"
+    plain, other, same = [found for _, found, _ in _searched(members)]
+    ((_, expected, _),) = _searched([attacked(one_site, spec_of("encoder_null", 0.05), seed=1)])
+    check_the_same(other, expected)
+    check_the_same(same, plain)
+    assert not torch.equal(other.delta, plain.delta), "two seeds, two random starts"
+
+
+def test_trials_that_differ_in_the_seed_of_the_search_are_one_stack() -> None:
+    trials = plan(parse(bundled("sweeps"))).trials
+    own = {
+        name: [trial for trial in trials if trial.audit == name] for name in ("seed", "search_seed")
+    }
+    assert [len(stack) for stack in stacked(own["search_seed"])] == [3]
+    assert len({setting_key(trial, trial.subject) for trial in own["search_seed"]}) == 1
+    assert len({trial.id for trial in own["search_seed"]}) == 3
+    assert [len(stack) for stack in stacked(own["seed"])] == [1, 1, 1], "other prompts"
+    assert not any("seed" in t.canonical()["recovery"] for t in own["seed"] if t.recovery)
 
 
 @pytest.mark.parametrize("name", APART)
@@ -285,7 +309,7 @@ def test_a_success_ends_the_lanes_of_its_row_in_balls_as_large_and_no_others(
 def test_rows_keep_their_owners_however_they_are_picked() -> None:
     sets = [Everything(torch.arange(3)), Everything(10 + torch.arange(2))]
     owner = torch.tensor([0, 1, 0, 1, 0])
-    dealt = SetPerRow(Dealt(tuple(sets), owner))
+    dealt = SetPerRow(Dealt.to(sets, owner))
     assert dealt.dimension.tolist() == [0, 10, 1, 11, 2]
     picked = torch.tensor([4, 3, 3, 0])
     assert dealt.rows(picked).dimension.tolist() == [2, 11, 11, 0]

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
+from holdfast import waiting
+from holdfast.ascent import Climb, ascend
 from holdfast.batch import Batch
 from holdfast.constraints import CONSTRAINTS
-from holdfast.edits import Edit, FeatureEdit
+from holdfast.edits import Edit, FeatureEdit, Perturbation
+from holdfast.errors import NonFiniteError
 from holdfast.features import FeatureSet, SiteFeatures
-from holdfast.gates import Gate, PromptGate
+from holdfast.gates import DirectionGate, Gate, PromptGate, Sensor
 from holdfast.problem import Lanes, Problem
+from holdfast.recovery import RecoverySpec, Search
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
+from holdfast.sampling import Sampled
 from holdfast.sites import Site
+from holdfast.stack import Stack
 from holdfast.subject import Subject
-from holdfast.subspace import Iterate
+from holdfast.subspace import Charted, FeasibleSet, Iterate
 from holdfast.testing import tiny_batch, tiny_subject
 from tests.waits import counted
 
@@ -36,7 +44,8 @@ def test_the_counter_counts() -> None:
         x.tolist()
         torch.as_tensor([1, 2])
         torch.isin(x, x)
-    assert len(places) >= 9
+        torch.linalg.solve(torch.eye(4), x)
+    assert len(places) >= 10
     with counted() as places:
         x[torch.zeros(1, dtype=torch.long)]
         torch.where(x > 0, x, 0.0).sum()
@@ -145,16 +154,240 @@ def test_a_step_with_vectors_held_in_place_never_waits(
     assert places == []
 
 
-@pytest.mark.parametrize("kind", ["unconstrained", "encoder_null", "gradient_projection",
-                                  "random_subspace", "active_null"])  # fmt: skip
-def test_coming_back_into_the_set_never_waits(subject: Subject, batch: Batch, kind: str) -> None:
+# --- Coming back into the set ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is asked as if it had to be waited for."""
+    monkeypatch.setattr(waiting, "looks", lambda device: waiting.LOOK)
+
+
+NEVER = (
+    "unconstrained", "gradient_projection", "random_subspace", "jacobian_probes",
+)  # fmt: skip
+ONE_SITE = ("encoder_null", "decoder_null", "undo_null", "feature_hold", "active_null")
+HELD = ("feature_hold", "decoder_null", "undo_null", "active_null")
+BOUNDED = ("one_sided", "feature_floor")
+
+
+def a_set(
+    subject: Subject, batch: Batch, kind: str, sites: tuple[Site, ...]
+) -> tuple[Problem, FeasibleSet]:
     constraint = CONSTRAINTS.parse({"kind": kind})
-    problem = posed(subject, batch, clamps(subject, "plain")[1:], SITES[1:])
-    sets = constraint.feasible(constraint.acting(problem)).rows(torch.arange(6))
-    delta = torch.randn(problem.shape)
-    here = Iterate.zero(delta)
-    state = constraint.stepper.start(delta)
+    problem = posed(subject, batch, clamps(subject, "plain")[-len(sites) :], sites)
+    return problem, constraint.feasible(constraint.acting(problem)).rows(torch.arange(6))
+
+
+def a_step_of(sets: FeasibleSet, problem: Problem, gradient: Tensor, length: float) -> Tensor:
+    here = Iterate(torch.zeros(problem.shape), 0, gradient)
+    if isinstance(sets, Charted):
+        sets = sets.around(here)
+    here = replace(here, along=sets.tangent(gradient, here))
+    return sets.inside(length * gradient, problem.radius, here)
+
+
+def waits_of(sets: FeasibleSet, problem: Problem, length: float) -> list[str]:
+    """Those of a step which is not the first, in which indices are looked up."""
+    gradient = torch.randn(problem.shape, generator=torch.Generator().manual_seed(1))
+    a_step_of(sets, problem, gradient, length)
     with counted() as places:
-        move, state = constraint.stepper.move(state, sets.tangent(delta, here))
-        sets.inside(move, problem.radius, here)
+        a_step_of(sets, problem, gradient, length)
+    return places
+
+
+@pytest.mark.parametrize(
+    ("kind", "sites"),
+    [(kind, SITES[1:]) for kind in (*NEVER, *ONE_SITE)] + [(kind, SITES) for kind in NEVER],
+)
+def test_coming_back_into_the_set_never_waits(
+    subject: Subject, batch: Batch, kind: str, sites: tuple[Site, ...]
+) -> None:
+    problem, sets = a_set(subject, batch, kind, sites)
+    assert waits_of(sets, problem, 1.0) == []
+
+
+ROUNDS = [(kind, SITES) for kind in (*HELD, *BOUNDED)] + [(kind, SITES[1:]) for kind in BOUNDED]
+"""Sets that iterates are brought back into in rounds, until all are there."""
+
+
+@pytest.mark.parametrize(("kind", "sites"), ROUNDS)
+def test_rounds_are_ended_by_the_one_place_that_asks_and_seldom(
+    subject: Subject, batch: Batch, kind: str, sites: tuple[Site, ...], far: None
+) -> None:
+    problem, sets = a_set(subject, batch, kind, sites)
+    places = waits_of(sets, problem, 10.0)
+    assert all("waiting.py" in place for place in places), places
+    if len(sites) == 1:
+        assert len(places) == 1, "a handful of active sets is usual"
+    elif kind in HELD:
+        assert 1 <= len(places) <= 3
+
+
+@pytest.mark.parametrize(("kind", "sites"), ROUNDS)
+def test_rows_that_have_ended_stay_where_they_are_until_somebody_looks(
+    subject: Subject, batch: Batch, kind: str, sites: tuple[Site, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    problem, sets = a_set(subject, batch, kind, sites)
+    gradient = torch.randn(problem.shape)
+    # Some rows need no round, others several.
+    gradient = gradient * torch.tensor([1e-3, 1.0, 30.0, 0.0, 5.0, 1e-2])[:, None, None]
+    found = []
+    for every in (1, 2, waiting.LOOK):
+        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+        found.append(a_step_of(sets, problem, gradient, 1.0))
+    for seldom in found[1:]:
+        torch.testing.assert_close(seldom, found[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", [0.1, 10.0])
+def test_the_true_jacobians_set_waits_seldom_and_finds_the_same(
+    subject: Subject, batch: Batch, length: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, sets = a_set(subject, batch, "jacobian_null", SITES)
+    gradient = length * torch.randn(problem.shape)
+    found, waits = [], []
+    for every in (1, waiting.LOOK):
+        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+        a_step_of(sets, problem, gradient, 1.0)
+        with counted() as places:
+            found.append(a_step_of(sets, problem, gradient, 1.0))
+        waits.append(len(places))
+    often, seldom = found
+    torch.testing.assert_close(seldom, often, rtol=1e-5, atol=1e-6)
+    assert seldom.abs().max() > 0 and waits[1] < waits[0], waits
+
+
+def test_a_step_of_several_constraints_in_one_batch_never_waits(
+    subject: Subject, batch: Batch
+) -> None:
+    """Whose rows are whose is looked up when rows leave the batch."""
+    kinds = ("unconstrained", "gradient_projection", "encoder_null")
+    six = posed(subject, batch, clamps(subject, "plain")[1:], SITES[1:])
+    specs = [RecoverySpec(constraint=CONSTRAINTS.parse({"kind": kind})) for kind in kinds]
+    stack = Stack.of(six, [Search(2, spec, 0) for spec in specs])
+    rows = torch.tensor([5, 0, 3, 2, 1])
+    sets, stepper = stack.feasible.rows(rows), stack.stepper.rows(rows)
+    delta = torch.randn(5, *six.shape[1:])
+    here, state = Iterate(torch.zeros_like(delta), 0, delta), stepper.start(delta)
+    for _ in range(2):
+        with counted() as places:
+            again = sets.around(here) if isinstance(sets, Charted) else sets
+            move, state = stepper.move(state, again.tangent(delta, here))
+            again.inside(move, six.radius[rows], here)
     assert places == []
+
+
+@pytest.mark.parametrize("kind", ["encoder_null", "one_sided"])
+def test_a_search_looks_at_its_lanes_every_few_steps(
+    subject: Subject, batch: Batch, kind: str, far: None
+) -> None:
+    problem, sets = a_set(subject, batch, kind, SITES[1:])
+    stepper = CONSTRAINTS.parse({"kind": kind}).stepper
+    start = torch.zeros(problem.shape)
+    climb = Climb(
+        torch.arange(6), start, torch.full((6,), 1e6), problem.radius, torch.full((6,), 0.1)
+    )
+    waits = []
+    for steps in (16, 32):
+        ascend(problem, sets, climb, steps, stepper)
+        with counted() as places:
+            ascend(problem, sets, climb, steps, stepper)
+        waits.append(len(places))
+    # One set in rounds asks once a step beside the look at the lanes every eighth.
+    assert waits[1] - waits[0] <= 16 // waiting.LOOK * 2 + (20 if kind == "one_sided" else 0)
+
+
+# --- Generation -----------------------------------------------------------------------------------
+
+N_NEW = 20
+
+
+@pytest.fixture
+def ending(subject: Subject, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """Answers end after different numbers of tokens, all before the last."""
+    made = subject.generate(batch, (), N_NEW)
+    last = made[torch.arange(len(made)), torch.arange(len(made)) * 2]
+    monkeypatch.setattr(Subject, "ends", frozenset(last.tolist()))
+    return subject
+
+
+def pushed(subject: Subject, batch: Batch) -> tuple[Edit, ...]:
+    at = batch.prompt_length[:, None] - 1
+    delta = torch.randn(len(batch), 1, 32, generator=torch.Generator().manual_seed(2))
+    return (*clamps(subject, "plain"), Perturbation(batch.ids, at, {SITES[0]: delta}))
+
+
+@pytest.mark.parametrize("n", [3, 8, N_NEW])
+def test_looking_seldom_gives_the_same_tokens(
+    ending: Subject, batch: Batch, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for every in (1, waiting.LOOK):
+        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+        made.append(
+            [
+                ending.generate(batch, edits, n, choose)
+                for edits in ((), pushed(ending, batch))
+                for choose in (Sampled(1e-6, 0, 0), Sampled(1.0, 0, 0))
+            ]
+        )
+    for often, seldom in zip(*made, strict=True):
+        assert torch.equal(often, seldom)
+    assert any(tokens.shape[1] % waiting.LOOK for tokens in made[0]), "nothing was cut"
+
+
+def test_what_the_prompt_decided_stays_while_the_answer_is_made(
+    subject: Subject, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody asks whether an edit selects anything, it is applied, and changes nothing."""
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    (plain,) = clamps(subject, "plain")[1:]
+    assert isinstance(plain, FeatureEdit)
+    read = DirectionGate(SITES[0], direction, -1.0)
+    cosines = []
+    with monkeypatch.context() as patch:
+        measured = DirectionGate.cosines
+        patch.setattr(
+            DirectionGate, "cosines",
+            lambda self, x, frame: cosines.append(measured(self, x, frame)) or cosines[-1],
+        )  # fmt: skip
+        subject.outputs(batch, (Sensor(read),))
+    gate = replace(read, above=float(cosines[0].median()))
+    edits = (
+        Sensor(gate), replace(plain, gate=gate, value=30.0),
+        replace(plain, where="prompt", value=9.0), replace(plain, where="generated", value=9.0),
+    )  # fmt: skip
+    made = []
+    for every in (1, waiting.LOOK):
+        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+        made.append([subject.generate(batch, own, 9) for own in (edits, edits[:2], edits[2:3])])
+    for often, seldom in zip(*made, strict=True):
+        assert torch.equal(often, seldom)
+    assert not torch.equal(made[0][1], subject.generate(batch, (), 9)), "the fixture: it acts"
+
+
+def test_generation_waits_every_few_tokens(
+    subject: Subject, batch: Batch, far: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Subject, "ends", frozenset())
+    edits = pushed(subject, batch)
+    counts = []
+    for n in (8, 16, 24):
+        with counted() as places:
+            subject.generate(batch, edits, n)
+        counts.append(Counter(places))
+    # Eight more tokens are two more looks: whether all is finite, and whether all have ended. The
+    # model itself asks once a token whether there is padding.
+    assert sorted((counts[2] - counts[1]).values()) == [1, 1, 8]
+
+
+def test_logits_that_are_not_finite_are_still_an_error(
+    subject: Subject, batch: Batch, far: None
+) -> None:
+    at = batch.prompt_length[:, None] + 3  # while the answer is made
+    bad = torch.full((len(batch), 1, 32), torch.nan)
+    for n in (6, 20):
+        with pytest.raises(NonFiniteError, match="NaN or infinite"):
+            subject.generate(batch, (Perturbation(batch.ids, at, {SITES[0]: bad}),), n)

@@ -78,7 +78,7 @@ def _searched(attacked: Sequence[Attacked]) -> Iterator[tuple[Problem, Recovery,
     clock = time.perf_counter()
     specs, cases = [_spec(each) for each in attacked], [each.case for each in attacked]
     searches = [
-        Search(len(each.case.rows), spec, each.seed)
+        Search(len(each.case.rows), spec, each.seed if spec.seed is None else spec.seed)
         for each, spec in zip(attacked, specs, strict=True)
     ]
     names = [each.name for each in attacked]

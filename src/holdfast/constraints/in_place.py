@@ -22,6 +22,7 @@ from holdfast.problem import Problem
 from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subspace import FeasibleSet, Iterate, norms
+from holdfast.waiting import PASSES, perhaps
 
 SLACK = 1e-4
 """Relative amount by which a norm may exceed its budget."""
@@ -155,9 +156,10 @@ class HeldInPlace:
         for attempt in range(MAX_ROUNDS):
             length = norms(kept).flatten()
             over = length > radius * (1 + SLACK)
-            if not over.any():
+            if not perhaps(over, attempt, PASSES):
                 return kept
-            shrunk = self.retract(kept * (radius / length * (1 - 0.02 * attempt))[:, None, None])
+            share = (radius / length).clamp_max(1.0) * (1 - 0.02 * attempt)
+            shrunk = self.retract(kept * share[:, None, None])
             # Rows that fit stay as they are, or what they find would depend on those beside them.
             kept = torch.where(over[:, None, None], shrunk, kept)
         over = norms(kept).flatten() > radius * (1 + SLACK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -102,20 +103,27 @@ class Probed:
         monitored = self.features.monitored.split([z.shape[2] for z in codes], 2)
         return squared_relative_drift(codes, self.reference, monitored)
 
+    @cached_property
+    def _entries(self) -> tuple[Tensor, ...]:
+        """Of each row the monitored entries of M, for which random numbers are drawn, on the host.
+        The device is waited for when rows have left, and not in each step."""
+        sizes = [z.shape[2] for z in self.reference]
+        parts = self.features.monitored.split(sizes, 2)
+        monitored = torch.cat([part.flatten(1) for part in parts], 1).cpu()
+        return tuple(own.nonzero().flatten() for own in monitored)
+
     def _probes(self, moved: Tensor, step: int) -> list[Tensor]:
         """Cotangents [n M] of unit norm: the present drift, and random ones, drawn by example and
         step."""
-        monitored = self.features.monitored
-        sizes = [z.shape[2] for z in self.reference]
-        own = torch.cat([part.flatten(1) for part in monitored.split(sizes, 2)], 1)
         length = moved.norm(dim=1, keepdim=True)
         probes = [torch.where(length > SMALLEST_DRIFT, moved / length.clamp_min(1e-30), 0.0)]
-        noise = torch.zeros(self.spec.n_probes, *moved.shape, device=moved.device)
-        for lane, example in enumerate(self.features.replay.frame.ids):
+        noise, ids = torch.zeros(self.spec.n_probes, *moved.shape), self.features.replay.frame.ids
+        for lane, (example, own) in enumerate(zip(ids, self._entries, strict=True)):
             key = f"{self.spec.kind}/{example}/{step}"
             generator = torch.Generator().manual_seed(int(digest(key)[:15], 16))
-            drawn = torch.randn(self.spec.n_probes, int(own[lane].sum()), generator=generator)
-            noise[:, lane, own[lane]] = drawn.to(noise.device)
+            drawn = torch.randn(self.spec.n_probes, len(own), generator=generator)
+            noise[:, lane, own] = drawn
+        noise = noise.to(moved.device, non_blocking=True)
         return [*probes, *(noise / noise.norm(dim=2, keepdim=True).clamp_min(1e-30))]
 
 

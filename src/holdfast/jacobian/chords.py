@@ -13,6 +13,7 @@ from holdfast.jacobian.offsets import Coordinates
 from holdfast.jacobian.restoration import SHRINK, SLACK
 from holdfast.problem import TINY
 from holdfast.subspace import Iterate, into_ball, norms
+from holdfast.waiting import PASSES, perhaps
 
 CHORDS = 20
 """Most corrections of an iterate before it is measured against its ball."""
@@ -94,7 +95,9 @@ class Chords:
             delta = own.coordinates.vectors(x)
             trial = trial.index_copy(0, todo, delta)
             fits = norms(delta).flatten() <= radius[todo] * (1 + SLACK)
-            out[todo[good & fits]], kept[todo[good & fits]] = delta[good & fits], True
+            fine = good & fits
+            out[todo] = torch.where(fine[:, None, None], delta, out[todo])
+            kept[todo] = fine
             again = (good & ~fits).nonzero().flatten()
             if not len(again):
                 break
@@ -108,17 +111,18 @@ class Chords:
         stalls = torch.zeros(len(x), dtype=torch.long, device=x.device)
         own, renewed = self, torch.zeros(len(x), dtype=torch.bool, device=x.device)
         learned = Learned()
-        for _ in range(CHORDS + 1):
+        for rounds in range(CHORDS + 1):
             value, held = self.coordinates.moved(x)
             largest = held.abs().amax((1, 2))
             good = largest <= self.tolerance
             stalls = stalls + ~(largest <= FALLS * smallest)
             going = ~good & torch.isfinite(largest) & (stalls <= STALLS)
-            if not going.any():
+            if not perhaps(going, rounds, PASSES):
                 break
             smallest = torch.minimum(smallest, largest)
             slow = going & (stalls == RENEW) & ~renewed
-            if slow.any():
+            # None can be before it has failed that often; then J is dearer than a look.
+            if rounds >= RENEW and slow.any():
                 renewed, here = renewed | slow, self.coordinates.vectors(x)
                 frame = own.frame.anew(self.coordinates.features, here, slow)
                 own = Chords.of(self.coordinates, frame, self.tolerance)

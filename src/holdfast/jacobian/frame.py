@@ -80,9 +80,9 @@ class Frame:
 
     def anew(self, features: FeatureMap, delta: Tensor, which: Tensor) -> Frame:
         """The frame made once more at delta, for some lanes [n] bool."""
-        if not which.any():
+        rows = which.nonzero().flatten()  # J is dearer than a wait
+        if not len(rows):
             return self
-        rows = which.nonzero().flatten()
         made = Frame.at(features.rows(rows), delta[rows], self.entries.rows(rows))
         return replace(
             self,

@@ -85,8 +85,8 @@ class Framed:
             if len(rows):
                 trial = last.delta[rows] + length[rows, None, None] * step[rows]
                 point, kept = chords.rows(rows).back(trial, radius[rows])
-                out[rows[kept]] = point[kept]
-                left[rows[kept]] = False
+                out[rows] = torch.where(kept[:, None, None], point, out[rows])
+                left[rows] = ~kept
         return out
 
     def _inward(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor | None:

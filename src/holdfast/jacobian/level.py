@@ -64,10 +64,11 @@ class Level:
         for halving in range(HALVINGS + 1):
             trial = last.delta[todo] + step[todo] / 2**halving
             point, kept = own._restored(trial, radius[todo])
-            out[todo[kept]] = point[kept]
-            if kept.all():
+            out[todo] = torch.where(kept[:, None, None], point, out[todo])
+            again = (~kept).nonzero().flatten()
+            if not len(again):
                 break
-            todo = todo[~kept]
+            todo = todo[again]
             own = self.rows(todo)
         return out
 

@@ -10,6 +10,7 @@ from holdfast.jacobian.linearized import Linearized
 from holdfast.jacobian.null_space import correction
 from holdfast.jacobian.preconditioners import Preconditioner
 from holdfast.subspace import into_ball, norms
+from holdfast.waiting import PASSES, due, perhaps
 
 ROUNDS = 10
 """Most corrections of one restoration."""
@@ -37,7 +38,7 @@ def restore(
     lanes = torch.arange(n, device=device)
     smallest = torch.full((n,), torch.inf, device=device)
     excesses, stalls = torch.zeros(2, n, dtype=torch.long, device=device)
-    for _ in range(ROUNDS + 1):
+    for rounds in range(ROUNDS + 1):
         over = norms(delta).flatten() > radius * (1 + SLACK)
         excesses = excesses + over
         # Scaling moves features again, so each time a little more room is made for the correction.
@@ -48,14 +49,15 @@ def restore(
         out[lanes], kept[lanes] = delta, good
         stalls = stalls + ~(here.held <= 0.5 * smallest)
         going = ~good & torch.isfinite(here.held) & (stalls <= STALLS)
-        if not going.any():
+        if not perhaps(going, rounds, PASSES):
             break
         # The next violation is about the square of this one, however well the linear map is solved.
         largest = here.value.abs().amax((1, 2))
         goal = torch.minimum(largest.square().clamp_min(tolerance / 3), 0.1 * largest)
-        delta = delta - correction(here, near, torch.where(going, goal, torch.inf))
+        step = correction(here, near, torch.where(going, goal, torch.inf))
+        delta = torch.where(going[:, None, None], delta - step, delta)
         smallest = torch.minimum(smallest, here.held)
-        if not going.all():
+        if due(rounds, device, PASSES) and not going.all():
             rows = going.nonzero().flatten()
             features, near, lanes = features.rows(rows), near.rows(rows), lanes[rows]
             delta, radius, smallest = delta[rows], radius[rows], smallest[rows]

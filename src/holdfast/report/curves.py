@@ -27,7 +27,11 @@ from holdfast.statistics import (
 )
 
 Row = Mapping[str, Any]
-SEED = "seed"
+SEEDS = {
+    "seed": "of the study: its prompts, its features and the starts of its searches",
+    "recovery.seed": "of the search: its random starts, on the same prompts and features",
+}
+"""Axes that are seeds, and what each draws."""
 NEIGHBOR = "neighbor"
 
 
@@ -245,12 +249,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Seeds:
-    """A line along seeds. rates: by seed; spread: their standard deviation; expected: what the
-    prompts' number alone would make of equal rates; pooled: mean with seeds and prompts resampled,
-    so that a prompt seen under several seeds counts once."""
+    """A line along seeds. drawn: what they draw, in words. rates: by seed; spread: their standard
+    deviation; expected: what the prompts' number alone would make of equal rates; pooled: mean with
+    seeds and prompts resampled, so that a prompt seen under several seeds counts once."""
 
     audit: str
     name: str
+    drawn: str
     rates: tuple[tuple[str, Interval], ...]
     pooled: Interval
     spread: float
@@ -259,16 +264,16 @@ class Seeds:
 
 
 def seeds_of(audit: AuditData) -> list[Seeds]:
-    """Every line of the audit along the axis `seed`."""
+    """Every line of the audit along an axis of seeds."""
     return [
-        across_seeds(audit.name, line)
+        across_seeds(audit.name, line, SEEDS[sweep.path])
         for sweep in sweeps_of(audit)
-        if sweep.path == SEED
+        if sweep.path in SEEDS
         for line in sweep.lines
     ]
 
 
-def across_seeds(audit: str, line: Line) -> Seeds:
+def across_seeds(audit: str, line: Line, drawn: str = SEEDS["seed"]) -> Seeds:
     """Seeds as a random effect beside prompts."""
     rows = [(stop.name, row) for stop in line.stops for row in stop.point.main.audited]
     units = _units([row for _, row in rows])
@@ -281,6 +286,7 @@ def across_seeds(audit: str, line: Line) -> Seeds:
     return Seeds(
         audit=audit,
         name=line.name,
+        drawn=drawn,
         rates=tuple((stop.name, stop.rate) for stop in line.stops),
         pooled=pooled,
         spread=float(estimates.std(ddof=1)),

@@ -92,7 +92,7 @@ class FeatureBank:
 
     def slices(self, frame: Frame) -> Tensor:
         """[b] which slice each row of the frame uses. Raises FeatureError for an unknown group."""
-        return frame.once(self, lambda: self._slices(frame))
+        return frame.once_for_rows(self, lambda: self._slices(frame))
 
     def _slices(self, frame: Frame) -> Tensor:
         fallback = self.index.get(EVERY_GROUP)
