@@ -107,7 +107,9 @@ def encoder_of(stored: Stored, axis: int, n: int, device: torch.device | str) ->
         read = stored.take(range(n), axis)
         W = (read if axis == 1 else read.T).to(torch.float32 if size == 4 else read.dtype)
     else:
-        W = whole(stored, turned=axis == 0, exact=size != 4)
+        # As it lies in the file: turning it takes longer than reading it, and products need it not.
+        kept_so = whole(stored, exact=size != 4)
+        W = kept_so if axis == 1 else kept_so.T
     if not is_finite(W):
         raise SAEError(NOT_FINITE)
     return Held(W.to(device))

@@ -12,6 +12,7 @@ and offset.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -271,9 +272,11 @@ class SAE:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite; looked at in parts, for a copy of the whole is made."""
-    size = max(1, ENTRIES // max(1, tensor[0].numel())) if tensor.ndim > 1 else ENTRIES
-    return all(bool(torch.isfinite(part).all()) for part in tensor.split(size))
+    """Whether no number is NaN or infinite. The least and the largest say it, for both are NaN
+    where any number is; to look at every number makes copies of all of them."""
+    if not tensor.numel():
+        return True
+    return all(math.isfinite(end) for end in tensor.aminmax())
 
 
 def activate(p: Tensor, limit: Tensor, magnitude: Tensor) -> Tensor:
