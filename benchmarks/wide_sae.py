@@ -57,6 +57,9 @@ PARITY = 1e-4
 
 SITE = "blocks.0.hook_resid_post"
 KINDS = ("jumprelu", "topk")
+LOUD = 4.0
+"""Clamped features are so many times as large as others: some are among the k largest of all."""
+
 POOL = 1 << 22
 """Random numbers that are drawn; rows of the matrices are pieces of them from random places on."""
 
@@ -161,7 +164,7 @@ def _write(folder: Path, size: Size, n: int) -> dict[str, Tensor]:
     b_enc, threshold = 0.1 * pool[:n].float(), 1.0 + pool[-n:].float().abs()
     b_enc[ids], threshold[ids] = 0.0, 0.5
     x, p = residuals(size), b_enc.repeat(size.tokens, 1)
-    pool, own = pool / d**0.5, own / d**0.5
+    pool, own = pool / d**0.5, LOUD * own / d**0.5
     places = torch.Generator().manual_seed(2)
 
     def some(numbers: int) -> Tensor:
