@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 NAMES = (
     "search_quality", "replay", "refusal_step", "several_layers", "step_cost", "matmul_share",
-    "sae_loading", "preflight", "startup", "demo",
+    "sae_loading", "wide_sae", "preflight", "startup", "demo",
 )  # fmt: skip
 PACKAGES = ("holdfast", "torch", "transformers", "numpy", "scipy", "pydantic", "typer")
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from holdfast.batch import Batch
+from holdfast.batch import Batch, Frame
 from holdfast.canonical import digest
-from holdfast.edits import Capture
 from holdfast.positions import selected
 from holdfast.problem import Lanes
+from holdfast.running import by_row, joined
 from holdfast.subspace import FeasibleSet, Iterate
 from holdfast.variants import PathSpec, Recovered, Variant
 
@@ -178,16 +178,15 @@ def _answer_means(found: Recovered) -> tuple[Tensor, Tensor]:
 def _states(found: Recovered, batch: Batch) -> Tensor:
     """[b m d]: clean residuals of fit prompts at the m perturbed sites, mean over the positions of
     the prompt that the trial perturbs."""
-    reads = [Capture(site) for site in found.problem.sites]
+    where = found.spec.perturb
+
+    def mean(frame: Frame, x: Tensor) -> Tensor:
+        mask = selected(where.positions, where.include_bos, frame)[..., None]
+        return (x.float() * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+    reads = [by_row(site, mean) for site in found.problem.sites]
     found.setting.subject.outputs(batch, reads)
-    where, means = found.spec.perturb, []
-    for read in reads:
-        rows = []
-        for frame, x in read.seen:
-            mask = selected(where.positions, where.include_bos, frame)[..., None]
-            rows.append((x.float() * mask).sum(1) / mask.sum(1).clamp_min(1))
-        means.append(torch.cat(rows).to(found.delta.device))
-    return torch.stack(means, 1)
+    return torch.stack([joined(read, found.delta.device) for read in reads], 1)
 
 
 def _gradient(found: Recovered) -> Tensor:

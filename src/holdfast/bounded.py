@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.batch import Batch
+from holdfast.batch import Batch, Frame
 from holdfast.canonical import digest
-from holdfast.edits import Capture
 from holdfast.positions import selected
 from holdfast.pursuit import pursue
+from holdfast.running import Moments, Running
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -55,17 +55,19 @@ class Components:
     @classmethod
     def of(cls, subject: Subject, batch: Batch, sites: tuple[Site, ...], n: int) -> Components:
         """Of clean residuals at every token of a batch but BOS, less their mean."""
-        reads = [Capture(site) for site in sites]
+        reads = [Running(site, Moments.none(whole=True), _with_tokens) for site in sites]
         subject.outputs(batch, reads)
         basis, share = {}, {}
         for read in reads:
-            x = torch.cat([h[selected("all", False, frame)].double() for frame, h in read.seen])
-            x = x - x.mean(0)
-            variance, directions = torch.linalg.eigh(x.T @ x)
+            variance, directions = torch.linalg.eigh(read.state.spread)
             top = min(n, len(variance))
             basis[read.site] = directions[:, -top:].flip(1)
             share[read.site] = float(variance[-top:].sum() / variance.sum())
         return cls(basis, share)
+
+
+def _with_tokens(before: Moments, frame: Frame, h: Tensor) -> Moments:
+    return before.with_more(h[selected("all", False, frame)])
 
 
 def bounded(

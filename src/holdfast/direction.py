@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from holdfast.batch import Batch
-from holdfast.edits import Capture
+from holdfast.edits import CaptureAt
 from holdfast.errors import StoreError, StudyError
 from holdfast.executor import Runtime, load_lab, threads_for
 from holdfast.export import trial_of
@@ -132,10 +132,10 @@ def difference_in_means(
 
 def _last(subject: Subject, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
     """Site → [b d_model] float64: the residual at the last prompt token."""
-    reads = [Capture(site) for site in sites]
-    subject.outputs(batch, reads)
     at = batch.prompt_length[:, None] - 1
-    return {read.site: read.at(batch.ids, at)[:, 0].double() for read in reads}
+    reads = [CaptureAt(site, batch.ids, at) for site in sites]
+    subject.outputs(batch, reads)
+    return {read.site: read.read[:, 0].double() for read in reads}
 
 
 def basis_of(direction: Tensor) -> Tensor:

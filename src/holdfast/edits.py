@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -318,27 +319,57 @@ class Capture(EveryToken):
         Rows of -1 come back as zeros, all on the device of `positions`. Raises PositionError if a
         position was never seen.
         """
-        row_of = {example: row for row, example in enumerate(ids)}
-        d = self.seen[0][1].shape[-1]
-        found = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
-        out = torch.zeros(*positions.shape, d, device=positions.device)
+        aimed = CaptureAt(self.site, ids, positions)
         for frame, x in self.seen:
-            here = [(i, row_of[e]) for i, e in enumerate(frame.ids) if e in row_of]
-            if not here:
-                continue
+            aimed.apply(self.site, x, frame)
+        return aimed.read
+
+
+@dataclass
+class CaptureAt(EveryToken):
+    """Reads the residual of the prompts `ids` at absolute positions [b p], -1 where a row has
+    fewer, and keeps nothing of other tokens.
+
+    seen: of every pass the rows that it had [m], which of their positions were there [m p], and
+    what was read [m p d_model] float32.
+    """
+
+    site: Site
+    ids: tuple[str, ...]
+    positions: Tensor
+    seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
+        here = [(i, self._row[e]) for i, e in enumerate(frame.ids) if e in self._row]
+        if here:
             local, rows = (torch.as_tensor(column) for column in zip(*here, strict=True))
-            wanted, there = positions[rows], frame.positions[local].to(positions.device)
+            wanted, there = self.positions[rows], frame.positions[local].to(self.positions.device)
             match = (wanted[:, :, None] == there[:, None, :]) & (wanted >= 0)[:, :, None]
-            hit = match.any(-1)
-            column = match.int().argmax(-1)
-            values = x[local[:, None], column.to(x.device)].float().to(out.device)
+            column = match.int().argmax(-1).to(x.device)
+            values = x.detach()[local[:, None], column].float()
+            self.seen.append((rows, match.any(-1), values.to(self.positions.device)))
+        return x
+
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {example: row for row, example in enumerate(self.ids)}
+
+    @property
+    def read(self) -> Tensor:
+        """[b p d_model] float32, on the device of the positions; rows of -1 come back as zeros.
+        Raises PositionError if a position was never seen."""
+        d = self.seen[0][2].shape[-1] if self.seen else 0
+        device = self.positions.device
+        found = torch.zeros(self.positions.shape, dtype=torch.bool, device=device)
+        out = torch.zeros(*self.positions.shape, d, device=device)
+        for rows, hit, values in self.seen:
             out[rows] = torch.where(hit[..., None], values, out[rows])
             found[rows] |= hit
-        missing = ~found & (positions >= 0)
+        missing = ~found & (self.positions >= 0)
         if missing.any():
             row = int(missing.any(1).int().argmax())
             raise PositionError(
-                f"prompt {ids[row]}: nothing was read at {self.site} at the positions "
-                f"{positions[row][missing[row]].tolist()}"
+                f"prompt {self.ids[row]}: nothing was read at {self.site} at the positions "
+                f"{self.positions[row][missing[row]].tolist()}"
             )
         return out

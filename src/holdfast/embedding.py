@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from holdfast.batch import Batch
-from holdfast.edits import Capture
+from holdfast.batch import Batch, Frame
+from holdfast.running import by_row, joined
 from holdfast.sites import Site
 from holdfast.subject import Subject
 
@@ -30,14 +30,14 @@ def embedded(subject: Subject, replies: Tokens) -> Tensor:
     if not some:
         return out
     batch, first = _alone(subject, [replies[row] for row in some])
-    capture = Capture(Site(max(1, subject.n_blocks // 2)))
-    subject.outputs(batch, (capture,))
-    means: dict[str, Tensor] = {}
-    for frame, x in capture.seen:
+
+    def mean(frame: Frame, x: Tensor) -> Tensor:
         own = (frame.positions >= first)[..., None]
-        mean = torch.where(own, x.double(), 0.0).sum(1) / own.sum(1)
-        means |= dict(zip(frame.ids, mean, strict=True))
-    out[some] = torch.stack([means[example] for example in batch.ids])
+        return torch.where(own, x.double(), 0.0).sum(1) / own.sum(1)
+
+    read = by_row(Site(max(1, subject.n_blocks // 2)), mean)
+    subject.outputs(batch, (read,))
+    out[some] = joined(read, out.device)
     return out
 
 

@@ -57,12 +57,14 @@ class Others:
         for group, ids in enumerate(bank.ids):
             held[group, list(ids)] = True
         made = torch.zeros(len(fields(cls)), n * p, dtype=torch.float64, device=x.device)
-        for reference, recovered in zip(encoded(sae, x), encoded(sae, moved), strict=True):
-            own, W = list(reference.own.ids), reference.own.W_enc.double()
+        for piece in encoded(sae, torch.cat([x, moved])):  # what it reads is read once for both
+            own, W = list(piece.own.ids), piece.own.W_enc.double()
             free = ~held[:, own][groups] & there.reshape(-1, 1)
-            was, now = (reference.z > 0) & free, (recovered.z > 0) & free
+            was, now = (z > 0 for z in piece.z.chunk(2))
+            was, now = was & free, now & free
+            before_it, after_it = piece.p.chunk(2)
             scale = W.norm(dim=0).clamp_min(TINY) * length
-            for row, change in ((1, recovered.p - reference.p), (2, lost @ W)):
+            for row, change in ((1, after_it - before_it), (2, lost @ W)):
                 largest = torch.where(was, change.abs() / scale, 0.0).amax(1)
                 made[row] = torch.maximum(made[row], largest)
             made[0] += was.sum(1)

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
-from holdfast.batch import Batch
-from holdfast.edits import Capture
+from holdfast.batch import Batch, Frame
 from holdfast.positions import selected
+from holdfast.running import Moments, Running
+from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
-
-_ENTRIES = 2**24
-"""Codes held at a time: 64 MB in float32."""
 
 
 def explained(subject: Subject, batch: Batch, sites: Sequence[Site]) -> dict[str, float]:
     """Site → share of explained variance, 1 − Σ‖h − D(E(h))‖² / Σ‖h − mean‖², over the tokens of a
     batch of clean prompts, BOS left out. One less it is the fraction of variance unexplained."""
-    reads = [Capture(site) for site in sites]
-    subject.outputs(batch, reads)
-    found = {}
-    for read in reads:
-        sae = subject.sae(read.site).full()
-        x = torch.cat([h[selected("all", False, frame)].float() for frame, h in read.seen])
-        chunk = max(1, _ENTRIES // sae.n_features)
-        error = sum(
-            float((h - sae.decode(sae.encode(h), h)).double().square().sum())
-            for h in x.split(chunk)
-        )
-        found[str(read.site)] = 1 - error / float((x - x.mean(0)).double().square().sum())
-    return found
+    return {str(site): _explained(subject, batch, subject.sae(site).full()) for site in sites}
+
+
+def _explained(subject: Subject, batch: Batch, sae: SAE) -> float:
+    """One pass a site, so that no two SAEs are whole in memory at a time."""
+
+    def with_rows(before: _Sums, frame: Frame, x: Tensor) -> _Sums:
+        x = x[selected("all", False, frame)].float()
+        error = float((x - sae.reconstruct(x)).double().square().sum())
+        return _Sums(before.error + error, before.residuals.with_more(x))
+
+    read = Running(sae.site, _Sums(0.0, Moments.none()), with_rows)
+    subject.outputs(batch, (read,), work="discovery")
+    return 1 - read.state.error / float(read.state.residuals.spread)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """error: Σ‖h − D(E(h))‖² over tokens; residuals: of the same."""
+
+    error: float
+    residuals: Moments

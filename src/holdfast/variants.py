@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast.config import LATER, Config
 from holdfast.controls import Case
-from holdfast.edits import Capture, Edit, Perturbation, in_order
+from holdfast.edits import CaptureAt, Edit, Perturbation, in_order
 from holdfast.problem import Problem
 from holdfast.recovery import RecoverySpec
 from holdfast.setting import Setting
@@ -126,13 +126,14 @@ class Recovered:
     def entered(self) -> dict[Site, Tensor]:
         """Site → [n p d_model] float32: the residual that the vectors found are added to, with
         those at earlier sites on."""
-        reads = [Capture(site) for site in self.problem.sites]
+        ids = self.case.batch.ids
+        reads = [CaptureAt(site, ids, self.positions) for site in self.problem.sites]
         push = self.perturbation(self.delta)
         own = self.case.edits
         first, last = (own, ()) if self.clamp_first else ((), own)
         edits: tuple[Edit, ...] = (*first, *reads, push, *last)
         self.case.subject.outputs(self.case.batch, edits)
-        return {read.site: read.at(self.case.batch.ids, self.positions) for read in reads}
+        return {read.site: read.read for read in reads}
 
     def scaled(self, delta: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Vectors [n q d_model] brought to `scale` times the recovery's norm, and the rows [n] that

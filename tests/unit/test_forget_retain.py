@@ -75,7 +75,7 @@ def test_sparsity_is_what_counting_by_hand_gives(
     torch.testing.assert_close(
         kind.sparsity(subject, SITE, kind.forget).float(), expected, atol=1e-6, rtol=0
     )
-    monkeypatch.setattr(forget_retain, "_CODES", 64 * 5)  # five tokens at a time
+    monkeypatch.setattr(forget_retain, "_TOKENS", 5)  # five tokens at a time
     monkeypatch.setattr(forget_retain, "_TOKENS", 20)  # two texts at a time
     few = Subject(**{**vars(subject), "batching": Batching(4), "counted": {}})
     assert torch.equal(kind.sparsity(few, SITE, kind.forget).float(), expected.float())

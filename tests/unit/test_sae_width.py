@@ -206,9 +206,19 @@ def test_the_whole_is_read_with_nothing_beside_it(
     torch.testing.assert_close(own.W_dec * sae.inputs.scale, sae.rows(torch.as_tensor(ids)))
 
 
-def test_every_part_is_looked_at(small: None) -> None:
-    for shape in ((3, 5000), (9000, 2), (9000,), (2, 2)):
-        tensor = torch.zeros(shape)
-        assert is_finite(tensor)
-        tensor.view(-1)[-1] = torch.nan
-        assert not is_finite(tensor)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(3, 5000), (9000, 2), (9000,), (2, 2), (1, 1)])
+def test_every_number_is_looked_at_and_none_copied(
+    dtype: torch.dtype, bad: float, shape: tuple[int, ...]
+) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    for place in (0, tensor.numel() // 2, tensor.numel() - 1):
+        with Live(tensor) as live:
+            assert is_finite(tensor) and is_finite(tensor.T if tensor.ndim == 2 else tensor)
+        assert live.peak < 100
+        made = tensor.clone()
+        made.view(-1)[place] = bad
+        assert not is_finite(made)
+        assert not is_finite(made.T if made.ndim == 2 else made)
+    assert is_finite(torch.zeros(0, 3))

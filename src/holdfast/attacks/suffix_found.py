@@ -22,7 +22,7 @@ from holdfast.batch import Batch
 from holdfast.behaviors.observation import Observation
 from holdfast.controls import Case
 from holdfast.drift import NO_SCALE, PREACTIVATION_UNIT, RELATIVE_UNIT, Drift
-from holdfast.edits import Capture, Edit, Perturbation
+from holdfast.edits import CaptureAt, Edit, Perturbation
 from holdfast.funnel import dropped_of, funnel_of
 from holdfast.measure import Measurement, median, rate, rate_where
 from holdfast.problem import Problem
@@ -116,9 +116,9 @@ class SuffixFound:
         self, batch: Batch, edits: tuple[Edit, ...], positions: Tensor
     ) -> Mapping[Site, Tensor]:
         """Held site → residual [n p d_model] after every edit, float64; zeros where p is -1."""
-        reads = {site: Capture(site) for site in self.problem.held}
-        self.case.subject.read(batch, (*edits, *reads.values()))
-        return {site: read.at(batch.ids, positions).double() for site, read in reads.items()}
+        reads = [CaptureAt(site, batch.ids, positions) for site in self.problem.held]
+        self.case.subject.read(batch, (*edits, *reads))
+        return {read.site: read.read.double() for read in reads}
 
     def _between(
         self, before: Mapping[Site, Tensor], after: Mapping[Site, Tensor], there: Tensor

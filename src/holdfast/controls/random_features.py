@@ -10,20 +10,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.batch import Batch
+from holdfast.batch import Batch, Frame
 from holdfast.canonical import digest
 from holdfast.controls import Case, ControlKind
-from holdfast.edits import Capture
 from holdfast.errors import FeatureError, StudyError
 from holdfast.features import EVERY_GROUP, FeatureSet, SiteFeatures
 from holdfast.measure import measured
 from holdfast.positions import selected
+from holdfast.running import Running
+from holdfast.saes.sae import SAE
 from holdfast.setting import Setting
 from holdfast.sites import Site
 from holdfast.statistics import crossed_bootstrap
 from holdfast.subject import Subject
-
-_CHUNK = 1 << 22  # codes encoded at once, 16 MB in float32
 
 
 class RandomFeatures(ControlKind):
@@ -154,23 +153,48 @@ def firing_rates(
     Of the fit prompts of that group, BOS left out; of all of them for an entry that serves every
     group, or a group without a prompt here. Counted, so that the order of prompts does not matter.
     """
-    captures = {site: Capture(site) for site in features.sites}
-    subject.outputs(fit, tuple(captures.values()))
-    out = {}
-    for site, capture in captures.items():
-        sae = subject.sae(site).full()
+    out: dict[tuple[str, str], Tensor] = {}
+    for site in features.sites:  # a pass each, so that no two SAEs are whole in memory at a time
         entries = [e for p in (features, *features.parts) for e in p.at(site)]
-        for group in dict.fromkeys(entry.group for entry in entries):
-            alone = group != EVERY_GROUP and group in fit.groups
-            counts, n = torch.zeros(sae.n_features, dtype=torch.long), 0
-            for frame, x in capture.seen:
-                mask = selected("all", False, frame)
-                if alone:
-                    own = torch.as_tensor([g == group for g in frame.groups], device=mask.device)
-                    mask = mask & own[:, None]
-                tokens = x[mask]
-                n += len(tokens)
-                for part in tokens.split(max(1, _CHUNK // sae.n_features)):
-                    counts += (sae.encode(part) > 0).sum(0).cpu()
-            out[str(site), group] = counts.double() / max(n, 1)
+        groups = list(dict.fromkeys(entry.group for entry in entries))
+        rates = _Counting.of(fit, groups, subject.sae(site).full()).rates(subject, fit)
+        out |= {(str(site), group): own for group, own in zip(groups, rates, strict=True)}
     return out
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """By group, n [g] tokens, and fired [g n_features] on how many of them a feature fires."""
+
+    n: Tensor
+    fired: Tensor
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """Counts of an SAE by group; a group that is in `everyone` has the tokens of all prompts."""
+
+    groups: Sequence[str]
+    everyone: frozenset[str]
+    sae: SAE
+
+    @classmethod
+    def of(cls, fit: Batch, groups: Sequence[str], sae: SAE) -> _Counting:
+        without = (g for g in groups if g == EVERY_GROUP or g not in fit.groups)
+        return cls(groups, frozenset(without), sae)
+
+    def rates(self, subject: Subject, fit: Batch) -> Tensor:
+        """[g n_features] float64."""
+        none = torch.zeros(len(self.groups), self.sae.n_features, dtype=torch.long)
+        read = Running(self.sae.site, _Counts(none[:, 0], none), self.with_rows)
+        subject.outputs(fit, (read,), work="discovery")
+        return read.state.fired.double() / read.state.n.clamp_min(1)[:, None]
+
+    def with_rows(self, before: _Counts, frame: Frame, x: Tensor) -> _Counts:
+        mask = selected("all", False, frame)
+        belongs = [[g in self.everyone or g == own for own in frame.groups] for g in self.groups]
+        rows = mask.nonzero()[:, 0]
+        tokens = torch.tensor(belongs, device=x.device)[:, rows].float()  # summed exactly
+        made = [(tokens @ (z > 0).float()).long().cpu() for _, z in self.sae.codes(x[mask])]
+        n = before.n + tokens.sum(1).long().cpu()
+        return _Counts(n, before.fired + torch.cat(made, 1))

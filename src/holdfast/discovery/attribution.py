@@ -12,10 +12,11 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.discovery import DiscoveryKind
-from holdfast.edits import Capture, EveryToken
+from holdfast.edits import EveryToken
 from holdfast.errors import FeatureError
 from holdfast.features import EVERY_GROUP, FeatureSet, SiteFeatures
 from holdfast.positions import Where, selected
+from holdfast.running import Running
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -94,17 +95,18 @@ class Attribution(DiscoveryKind):
 
     def firing_rate(self, subject: Subject, batch: Batch, sae: SAE) -> Tensor:
         """[n_features] share of prompts on which a feature fires at any of the positions."""
-        capture = Capture(sae.site)
-        subject.outputs(batch, (capture,))
-        fired = torch.zeros(sae.n_features, device=sae.b_dec.device)
-        for frame, x in capture.seen:
+
+        def counted(before: Tensor, frame: Frame, x: Tensor) -> Tensor:
             mask = selected(self.positions, self.include_bos, frame)
-            for row in range(len(x)):
-                read = x[row, mask[row]]
-                kth = sae.kth(read)
-                for block in sae.blocks(len(read)):
-                    fired[block] += (sae.encode(read, block, kth) > 0).any(0).float()
-        return fired / len(batch)
+            n_tokens, fired = mask.sum(1).tolist(), before.clone()
+            for block, z in sae.codes(x[mask]):
+                any_token = torch.stack([own.any(0) for own in (z > 0).split(n_tokens)])
+                fired[block] += any_token.sum(0)
+            return fired
+
+        read = Running(sae.site, torch.zeros(sae.n_features, device=sae.b_dec.device), counted)
+        subject.outputs(batch, (read,), work="discovery")
+        return read.state / len(batch)
 
     def scores(self, subject: Subject, batch: Batch, sae: SAE) -> Tensor:
         """[b n_features] attribution of every feature on every prompt, in logits."""
@@ -118,10 +120,8 @@ class Attribution(DiscoveryKind):
             gradient = gradient * sae.inputs.magnify(x.detach().float())
             mask = selected(self.positions, self.include_bos, own.frame())[..., None].to(x.device)
             x, found = x.detach(), x.new_empty(len(own), sae.n_features, dtype=torch.float32)
-            kth = sae.kth(x)
-            for block in sae.blocks(mask.numel()):
-                attribution = sae.encode(x, block, kth) * (gradient @ sae.rows(block).T)
-                found[:, block] = (attribution * mask).sum(1)
+            for block, z in sae.codes(x):
+                found[:, block] = (z * (gradient @ sae.rows(block).T) * mask).sum(1)
             return found
 
         return torch.cat(subject.batching.over("discovery", torch.arange(len(batch)), of))

@@ -11,14 +11,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from holdfast.batch import Batch
+from holdfast.batch import Batch, Frame
 from holdfast.canonical import digest
 from holdfast.discovery import Discovery, DiscoveryKind
 from holdfast.discovery.minimal import chosen, slots_of
-from holdfast.edits import Capture
 from holdfast.errors import FeatureError
-from holdfast.features import FeatureSet
+from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.positions import selected
+from holdfast.running import Running, by_row, joined
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -143,18 +143,19 @@ class Factorization(DiscoveryKind):
 def largest(subject: Subject, batch: Batch, found: FeatureSet) -> Tensor:
     """[b m] each candidate's largest activation over a prompt's tokens, BOS left out, in the order
     of the set's entries and their ids."""
-    captures = {site: Capture(site) for site in found.sites}
-    subject.outputs(batch, tuple(captures.values()))
-    columns = []
-    for entry in found.entries:
+
+    def read(entry: SiteFeatures) -> Running[tuple[Tensor, ...]]:
         site = Site.parse(entry.site)
         only = FeatureSet(entries=(entry,), source=found.source)
         bank = FeatureBank.of(subject.sae(site), only)
-        rows: dict[str, Tensor] = {}
-        for frame, x in captures[site].seen:
+
+        def top(frame: Frame, x: Tensor) -> Tensor:
             mask = selected("all", False, frame)[..., None]
-            top = torch.where(mask, bank.activations(x, frame), 0.0).amax(1)
-            rows |= dict(zip(frame.ids, top, strict=True))
-        own = torch.stack([rows[example] for example in batch.ids])
-        columns.append(own.to(batch.tokens.device))  # a site's block may be elsewhere
-    return torch.cat(columns, 1)
+            return torch.where(mask, bank.activations(x, frame), 0.0).amax(1)
+
+        return by_row(site, top)
+
+    reads = [read(entry) for entry in found.entries]
+    subject.outputs(batch, reads)
+    # A site's block may be on another device.
+    return torch.cat([joined(own, batch.tokens.device) for own in reads], 1)

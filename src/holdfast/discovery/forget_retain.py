@@ -21,9 +21,8 @@ from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.subject import Subject
 
-_CODES = 2**24
-"""Most codes in memory at once: so many tokens are encoded together as this leaves for the SAE's
-width (1,024 tokens of one with 16,384 features)."""
+_TOKENS = 4096
+"""Tokens for which the encoder is gone through once: as many as features of a block then are."""
 
 _TOKENS = 2**14
 """Most tokens, padding included, of one pass; a text that is longer has one of its own."""
@@ -130,8 +129,8 @@ def firing(subject: Subject, sae: SAE, sequences: Sequence[Sequence[int]]) -> Te
         x, tokens = subject.residual(sae.site, [texts[row] for row in rows.tolist()])
         counted = x[~torch.isin(tokens, left_out).to(x.device)]
         own = torch.zeros(sae.n_features, dtype=torch.float64)
-        for some in counted.split(max(1, _CODES // sae.n_features)):
-            own += (sae.encode(some) > 0).sum(0).double().cpu()
+        for some in counted.split(_TOKENS):
+            own += torch.cat([(z > 0).sum(0) for _, z in sae.codes(some)]).double().cpu()
         return own, len(counted)
 
     for texts in _batches(sequences, subject.batching.sizes.passes):

@@ -100,11 +100,8 @@ class PooledCodes:
 
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         h = x.float()
-        kth, scale = self.sae.kth(h), self.sae.inputs.magnify(h)
-        pooled = [
-            pool(self.sae.encode(h, block, kth) * scale, frame).sum(0)
-            for block in self.sae.blocks(h.shape[:-1].numel())
-        ]
+        scale = self.sae.inputs.magnify(h)
+        pooled = [pool(z * scale, frame).sum(0) for _, z in self.sae.codes(h)]
         self.total = self.total + torch.cat(pooled)
         return x
 

@@ -10,14 +10,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from holdfast.batch import Batch
+from holdfast.batch import Batch, Frame
 from holdfast.config import Config
-from holdfast.edits import Capture, Edit, FeatureEdit
+from holdfast.edits import Edit, FeatureEdit
 from holdfast.errors import FeatureError, StudyError
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.gates import DirectionGate, Gate, PromptGate, Sensor
 from holdfast.interventions import InterventionKind
 from holdfast.positions import Where, selected
+from holdfast.running import Running, by_row, joined
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -99,14 +100,18 @@ class PromptCondition(Config):
         of prompts whose every token is above, and then the clamp never acts: its trigger rates say
         so.
         """
-        bank, largest = self._bank(subject, clamped), []
+        bank = self._bank(subject, clamped)
+        largest: list[list[float]] = []
+
+        def with_rows(before: list[list[float]], frame: Frame, x: Tensor) -> list[list[float]]:
+            values = bank.activations(x, frame).amax(-1)
+            there = selected("prompt", include_bos, frame)
+            return before + [own[mask].tolist() for own, mask in zip(values, there, strict=True)]
+
         for batch in retain:
-            read = Capture(bank.site)
+            read = Running(bank.site, largest, with_rows)
             subject.outputs(batch, (read,))
-            for frame, x in read.seen:
-                values = bank.activations(x, frame).amax(-1)
-                there = selected("prompt", include_bos, frame)
-                largest += [own[mask].tolist() for own, mask in zip(values, there, strict=True)]
+            largest = read.state
         if not any(largest):
             raise StudyError(
                 "the clamp's condition is learnt from the neighbors' fit prompts, and this "
@@ -164,9 +169,9 @@ class DirectionCondition(Config):
         assert isinstance(self.above, Learnt)
         gate, cosines = self._gate(subject, clamped, 0.0), []
         for batch in retain:
-            read = Capture(gate.site)
+            read = by_row(gate.site, lambda frame, x: gate.cosines(x, frame))
             subject.outputs(batch, (read,))
-            cosines += [c for frame, x in read.seen for c in gate.cosines(x, frame).tolist()]
+            cosines += joined(read, "cpu").tolist()
         if not cosines:
             raise StudyError(
                 "the clamp's condition is learnt from the neighbors' fit prompts, and this "

@@ -21,11 +21,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from holdfast.finding import Finding
-from holdfast.preflight.scene import Scene, pieces, share
+from holdfast.preflight.scene import Scene, share
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 
@@ -66,11 +65,8 @@ class Fit:
 
 def fit(sae: SAE, x: Tensor) -> Fit:
     """How well the SAE reconstructs residuals x [tokens d_model]."""
-    squares, total = 0.0, torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    for part in pieces(x, sae.n_features):
-        error = (part - sae.decode(sae.encode(part), part)).double()
-        squares += float(error.square().sum())
-        total += error.sum(0)
+    error = (x - sae.reconstruct(x)).double()
+    squares, total = float(error.square().sum()), error.sum(0)
     variance = float((x - x.mean(0)).double().square().sum())
     if variance == 0:
         return Fit(float("nan"), float("nan"))

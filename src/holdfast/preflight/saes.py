@@ -8,7 +8,7 @@ from pathlib import Path
 from holdfast.finding import Finding
 from holdfast.organism.assets import SHIPPED
 from holdfast.preflight.readings import MIN_EXPLAINED, Readings, readings
-from holdfast.preflight.scene import Scene, pieces, share
+from holdfast.preflight.scene import Scene, share
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 
@@ -92,10 +92,7 @@ def special_tokens(scene: Scene, sae: SAE) -> Iterator[Finding]:
     if len(x) < MIN_SPECIAL:
         return
     # Against zero and not the mean: a few tokens that repeat have hardly any variance.
-    left = sum(
-        float((part - sae.decode(sae.encode(part), part)).square().sum())
-        for part in pieces(x, sae.n_features)
-    )
+    left = float((x - sae.reconstruct(x)).square().sum())
     value = 1 - left / float(x.square().sum())
     yield Finding(
         check=f"reconstruction of template tokens at {sae.site}",
@@ -113,10 +110,10 @@ def gates(scene: Scene, sae: SAE) -> Iterator[Finding]:
     """Firings that depend on how the model's precision rounds."""
     x, other = (scene.some(c[sae.site], sae) for c in (scene.captures, scene.rounded))
     flips = n = 0
-    for one, two in zip(*(pieces(y, sae.n_features) for y in (x, other)), strict=True):
-        fires = sae.encode(one) > 0
+    for (_, one), (_, two) in zip(sae.codes(x), sae.codes(other), strict=True):
+        fires = one > 0
         n += int(fires.sum())
-        flips += int((fires != (sae.encode(two) > 0)).sum())
+        flips += int((fires != (two > 0)).sum())
     dtype = str(scene.subject.model.dtype).removeprefix("torch.")
     yield Finding(
         check=f"gates at {sae.site}",

@@ -31,9 +31,6 @@ MIN_TOKENS = 32
 EFFORT = 1 << 31
 """Multiplications that one reading of an SAE may take, per matrix."""
 
-WIDEST = 1 << 26
-"""Most codes (tokens x features) encoded at once, 256 MB in float32."""
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -134,9 +131,7 @@ class Scene:
         if site not in self._fired:
             sae = self.subject.sae(site).full()
             x = self.some(self.captures[site], sae)
-            counts = torch.zeros(sae.n_features, device=x.device)
-            for part in pieces(x, sae.n_features):
-                counts += (sae.encode(part) > 0).sum(0)
+            counts = torch.cat([(z > 0).sum(0) for _, z in sae.codes(x)])
             self._fired[site] = counts / len(x)
         return self._fired[site]
 
@@ -175,11 +170,6 @@ def spread(x: Tensor, sae: SAE) -> Tensor:
 def spread_rows(n: int, most: int) -> Tensor:
     """At most `most` of n rows, evenly spread, the first and the last among them."""
     return torch.linspace(0, n - 1, min(most, n)).round().long().unique()
-
-
-def pieces(x: Tensor, n_features: int) -> Sequence[Tensor]:
-    """x [tokens d_model] in pieces whose codes fit into memory."""
-    return x.split(max(1, WIDEST // n_features))
 
 
 def share(value: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from holdfast.capacity import total_bytes
 from holdfast.errors import SAEError
-from holdfast.saes.sae import blocks_of, is_finite
+from holdfast.saes.sae import STORED, blocks_of, is_finite
 from holdfast.saes.tensors import Stored, whole
 
 SHARE = 0.25
@@ -107,7 +107,10 @@ def encoder_of(stored: Stored, axis: int, n: int, device: torch.device | str) ->
         read = stored.take(range(n), axis)
         W = (read if axis == 1 else read.T).to(torch.float32 if size == 4 else read.dtype)
     else:
-        W = whole(stored, turned=axis == 0, exact=size != 4)
+        own = torch.float32 if size == 4 or stored.dtype not in STORED else stored.dtype
+        # As it lies in the file: turning it takes longer than reading it, and products need it not.
+        read = stored.read() if stored.dtype == own else whole(stored)
+        W = read if axis == 1 else read.T
     if not is_finite(W):
         raise SAEError(NOT_FINITE)
     return Held(W.to(device))

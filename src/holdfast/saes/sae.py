@@ -12,6 +12,7 @@ and offset.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -210,6 +211,13 @@ class SAE:
         """All features in slices of which the codes of so many tokens can be held at a time."""
         return blocks_of(self.n_features, n_tokens)
 
+    def codes(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """A block of features after the other, all of them: which, and z [... m] of residuals x
+        [... d_model]. So that every column is cast once, whatever the tokens."""
+        kth = self.kth(x)
+        for own in self.blocks(x.shape[:-1].numel()):
+            yield own, self.encode(x, own, kth)
+
     def encode(
         self,
         x: Tensor,
@@ -259,9 +267,9 @@ class SAE:
         gradient needs the codes of all of them."""
         if x.requires_grad:
             return self.decode(self.encode(x), x)
-        kth, y = self.kth(x), torch.zeros((), device=x.device)
-        for own in self.blocks(x.shape[:-1].numel()):
-            y = y + self.written(self.encode(x, own, kth), own)
+        y = torch.zeros((), device=x.device)
+        for own, z in self.codes(x):
+            y = y + self.written(z, own)
         return self.inputs.leave(y + self.b_dec, x.float())
 
     def to(self, device: torch.device | str) -> SAE:
@@ -271,9 +279,11 @@ class SAE:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite; looked at in parts, for a copy of the whole is made."""
-    size = max(1, ENTRIES // max(1, tensor[0].numel())) if tensor.ndim > 1 else ENTRIES
-    return all(bool(torch.isfinite(part).all()) for part in tensor.split(size))
+    """Whether no number is NaN or infinite. The least and the largest say it, for both are NaN
+    where any number is; to look at every number makes copies of all of them."""
+    if not tensor.numel():
+        return True
+    return all(math.isfinite(end) for end in tensor.aminmax())
 
 
 def activate(p: Tensor, limit: Tensor, magnitude: Tensor) -> Tensor:
