@@ -540,7 +540,7 @@ def test_a_bad_file_is_named_before_any_model_is_loaded(
         ({"kind": "fil", "path": "x.jsonl"}, r"unknown kind 'fil' in datasets: did you mean 'file"),
         (
             {"path": "x.jsonl"},
-            r"expected a table with a `kind` from datasets \(file, hub, invented, preset\)",
+            r"table with a `kind` from datasets \(file, held_out, hub, invented, preset\)",
         ),
         ("cais/wmdp", r"expected 'organism' or a table with a `kind`.*got 'cais/wmdp'"),
     ],

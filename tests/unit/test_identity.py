@@ -147,6 +147,7 @@ def test_what_came_later_can_be_left_out(classes: dict[str, type[Config]]) -> No
 DEFAULTS: dict[str, Any] = {
     "behaviors.mcq.MultipleChoice.spellings": False,
     "recovery.RecoverySpec.objective": {"kind": "margin"},
+    "setting.Data.texts": None,
     "variants.PathSpec.margin_draws": 100,
     "variants.PathSpec.part_scales": [1.0],
     "variants.PathSpec.atoms": 32,

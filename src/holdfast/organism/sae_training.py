@@ -86,8 +86,8 @@ WIDE = SAERecipe(8, _batch_topk)
 # K of every token, in training and after, and half as wide: another kind to set beside the first.
 HALF = SAERecipe(4, _topk)
 OTHERS: dict[str, tuple[int, SAERecipe]] = {"0-topk": (0, HALF)}
-"""Folder → layer and recipe of SAEs the organism has beside that of each layer; a minute of CPU
-time each."""
+"""Folder → layer and recipe of SAEs the organism has beside that of each layer; each takes a minute
+of CPU time."""
 
 
 def train_sae(
