@@ -144,7 +144,8 @@ def _result(size: Size, found: dict[str, dict[str, float]]) -> Result:
     return Result(
         columns=(
             "kind", "features", "open, s", "of it CPU, s", "64 features, s",
-            "codes of 8 tokens, s", "peak, MiB", "after, MiB", "search with the narrow, s", "search with the wide, s", "error",
+            "codes of 8 tokens, s", "peak, MiB", "after, MiB", "search with the narrow, s",
+            "search with the wide, s", "error",
         ),
         rows=tuple(rows),
         bounds=tuple(bounds),
