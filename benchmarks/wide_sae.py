@@ -122,9 +122,8 @@ def _result(size: Size, found: dict[str, dict[str, float]]) -> Result:
     plain, topk = found["jumprelu"], found["topk"]
     encoder = 2 * size.wide * size.d_model / 2**20
     rows: list[tuple[Cell, ...]] = [
-        (kind, size.wide, own["open"], own["cpu"], own["slice"], own["encode"], own["peak"],
-         own["after"],
-         own.get("narrow"), own.get("wide"), own["error"])
+        (kind, size.wide, own["open"], own["cpu"], own["slice"], own["encode"],
+         own["peak"], own["after"], own.get("narrow"), own.get("wide"), own["error"])
         for kind, own in found.items()
     ]  # fmt: skip
     bounds = [
@@ -144,9 +143,9 @@ def _result(size: Size, found: dict[str, dict[str, float]]) -> Result:
         ]  # fmt: skip
     return Result(
         columns=(
-            "kind", "features", "open, s", "of it CPU, s", "64 features, s", "codes of 8 tokens, s",
-            "peak, MiB", "after, MiB", "search with the narrow, s", "search with the wide, s",
-            "error",
+            "kind", "features", "open, s", "of it CPU, s", "64 features, s",
+            "codes of 8 tokens, s", "peak, MiB", "after, MiB", "search with the narrow, s",
+            "search with the wide, s", "error",
         ),
         rows=tuple(rows),
         bounds=tuple(bounds),

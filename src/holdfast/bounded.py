@@ -150,8 +150,7 @@ def _at_once(sae: SAE) -> int:
 
 def _l0(sae: SAE, h: Tensor) -> float:
     """How many features are active at residuals h [m d], mean."""
-    active = [(sae.encode(x) > 0).sum(1) for x in h.split(_at_once(sae))]
-    return float(torch.cat(active).double().mean())
+    return sum(int((z > 0).sum()) for _, z in sae.codes(h)) / len(h)
 
 
 def _basis(columns: Tensor) -> Tensor:

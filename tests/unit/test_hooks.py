@@ -87,7 +87,7 @@ def test_hooks_are_gone_after_a_pass_and_after_an_exception(
 def test_an_edit_that_never_fired_is_an_error(
     subject: Subject, batch: Batch, clamp: FeatureEdit
 ) -> None:
-    with pytest.raises(PositionError, match="position 0 is listed, .* that is BOS"):
+    with pytest.raises(PositionError, match=r"position 0 is listed, .* that is BOS"):
         subject.outputs(batch, (replace(clamp, where=(0,)),))
     with pytest.raises(EditNeverFiredError, match="touched no token"):
         subject.outputs(batch, (replace(clamp, where="generated"),))
