@@ -235,10 +235,6 @@ class Batching:
             take_back, stood = (mark() if mark is not None else None), part.mark()
             try:
                 done.append(do(piece))
-            except OutOfMemoryError:
-                # Of a piece inside of this one, with a single row: beside fewer it may fit.
-                if len(piece) == 1:
-                    raise
             except Exception as error:
                 # A call within this one that has come down to a single row in vain: what this piece
                 # holds may be what it lacks.

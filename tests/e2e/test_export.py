@@ -109,7 +109,7 @@ def test_a_mistake_is_one_message(demo: Path, tmp_path: Path) -> None:
         assert said.code == 2 and said.out == "" and said.err.startswith("holdfast:"), said
         return said.err
 
-    assert "has 9 audits; name one of ioi, mcq, bottleneck, second_route" in refused(demo)
+    assert "has 11 audits; name one of ioi, mcq, bottleneck, second_route" in refused(demo)
     assert "no audit 'iio': did you mean 'ioi'" in refused(demo, "--audit", "iio")
     assert "no study file at" in refused(tmp_path / "none.toml")
     varied = small_study(("bottleneck",))

@@ -35,6 +35,7 @@ from holdfast.behaviors.asking import CUE, INSTRUCTION
 from holdfast.behaviors.continuation import as_one_token
 from holdfast.behaviors.ioi import IOI
 from holdfast.behaviors.mcq import MultipleChoice
+from holdfast.config import IDENTITY
 from holdfast.errors import StudyError, SubjectError
 from holdfast.organism import corpus
 from holdfast.organism.prompts import PERMUTATIONS
@@ -301,7 +302,9 @@ def test_one_order_of_names_alone(gpt: PreTrainedTokenizerFast) -> None:
     assert {example.id.split(":")[3] for example in found} == {"BABA"} and len(found) == 64
     both = {e.id for e in IOI(source="english", templates=(0,)).examples(gpt, "test", 180, 0)}
     assert {example.id for example in found} <= both, "the same prompts, fewer of them"
-    assert "orders" not in IOI(source="english").model_dump(mode="json"), "an identity that was"
+    assert "orders" not in IOI(source="english").model_dump(mode="json", context=IDENTITY), (
+        "an identity that was"
+    )
     with pytest.raises(ValueError, match="orders are different ones"):
         IOI(source="english", orders=("BABA", "BABA"))
     with pytest.raises(ValueError, match="the organism is asked in both"):
@@ -377,7 +380,7 @@ def test_the_organisms_prompts_are_what_they_were(words: PreTrainedTokenizerFast
             (p.id, p.text, p.io) for p in prompts
         ]
         assert [e.rivals for e in examples] == [(p.s, p.third) for p in prompts]
-    assert IOI().model_dump() == {
+    assert IOI().model_dump(context=IDENTITY) == {
         "kind": "ioi", "source": "organism", "templates": "all", "n_names": None
     }  # fmt: skip
 
@@ -578,7 +581,9 @@ def test_whole_questions_are_asked_in_every_order_and_count_together(
     left = behavior.counted(clusters, shown)
     assert left.tolist() == [cluster != clusters[5] for cluster in clusters]
     assert torch.equal(mcq(tmp_path, permutations=24).counted(clusters, shown), shown)
-    assert "every_order" not in mcq(tmp_path).model_dump(mode="json"), "an identity that was"
+    assert "every_order" not in mcq(tmp_path).model_dump(mode="json", context=IDENTITY), (
+        "an identity that was"
+    )
     with pytest.raises(ValueError, match="every_order needs a dataset"):
         MultipleChoice(every_order=True)
 
@@ -707,10 +712,10 @@ def test_a_dataset_has_no_domain_and_sets_have_names(tmp_path: Path) -> None:
 
 
 def test_the_organisms_quiz_is_what_it_was(words: PreTrainedTokenizerFast) -> None:
-    assert MultipleChoice().model_dump() == {
+    assert MultipleChoice().model_dump(context=IDENTITY) == {
         "kind": "mcq", "source": "organism", "domain": "hazard", "permutations": 12, "retain": {},
         "instruction": None, "chat": False, "drop_repeats": False,
-        "subsets": False, "spellings": False, "cue": None,
+        "subsets": False,
     }  # fmt: skip
     first = corpus.questions("hazard", "test")[0]
     order = corpus.held_out_permutations(first)[0]
@@ -736,7 +741,7 @@ def test_a_subject_takes_the_prompts(tmp_path: Path) -> None:
 
 
 def test_a_subject_refuses_what_is_not_one_token(gpt: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(SubjectError, match="must be one token"):
+    with pytest.raises(SubjectError, match=r"expected one token .* ask for answers"):
         token_id(gpt, " Zxqwvub")
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from holdfast.batch import Batch
+from holdfast.config import IDENTITY
 from holdfast.constraints import CONSTRAINTS
 from holdfast.edits import FeatureEdit
 from holdfast.features import FeatureSet, SiteFeatures
@@ -248,7 +249,7 @@ def test_what_is_adapted_is_said_until_it_is_as_published() -> None:
 
 def test_a_search_without_stages_is_called_what_it_was_called() -> None:
     plain = RecoverySpec(constraint=CONSTRAINTS.parse({"kind": "unconstrained"}))
-    assert "schedule" not in plain.model_dump(mode="json")
+    assert "schedule" not in plain.model_dump(mode="json", context=IDENTITY)
     made = spec("unconstrained", {"steps": 1, "lr": 0.1})
     assert RecoverySpec.model_validate(made.model_dump(mode="json")) == made
     assert made.pace != plain.pace, "it shares no step with others"

@@ -165,8 +165,8 @@ def _demo_audits(root: Path) -> Iterator[Finding]:
             )
             yield Finding(
                 check=f"organism: {audit.name}, {neighbor} under the clamp",
-                passed=after >= 0.9,
-                expected="at least 0.9 right",
+                passed=after >= 0.9 or before - after <= 0.1,
+                expected="at least 0.9 right, or at most 0.1 fewer than without the clamp",
                 measured=f"{after:.3f} (without the clamp {before:.3f})",
                 remedy=RETRAIN,
             )
