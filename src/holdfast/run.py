@@ -98,8 +98,9 @@ def run_study(
             complete = len(done) + len(empty) == len(plan.trials)
             return summarize(plan, store, stored, complete and not _failures(plan, empty))
 
+        so_far = Sparingly(lambda: store.write_summary(summary()))
         if done:  # of these points, should the run be cut short before its first new trial
-            store.write_summary(summary())
+            so_far.now()
         watcher.stored(len(done), len(plan.trials), None)
         todo = [trial for trial in plan.trials if trial.id not in done]
         lab = load_lab(plan, todo, runtime)
@@ -134,8 +135,11 @@ def run_study(
                 else:
                     _write(ended, store, runtime, findings[ended.trial.id], outlook)
                     done.add(ended.trial.id)
-                    store.write_summary(summary())
+                    so_far.perhaps()
                 watcher.stored(len(done), len(plan.trials), ended.trial)
+        except BaseException:
+            so_far.now()
+            raise
         finally:
             if todo:  # also where the run ends early: what goes on there begins with what fits
                 keep_batches()
@@ -155,6 +159,25 @@ def run_study(
     ]
     messages = tuple(dict.fromkeys(map(str, failures.values())))
     return RunReport(Path(out), final, len(done) - n_reused, n_reused, messages, tuple(skipped))
+
+
+class Sparingly:
+    """Does something again and again, but spends at most a tenth of the time on it: a summary reads
+    every record anew, and is only there for who looks at a run that goes on, or was killed."""
+
+    def __init__(self, do: Callable[[], None]):
+        self._do = do
+        self._next = 0.0
+
+    def now(self) -> None:
+        began = time.perf_counter()
+        self._do()
+        ended = time.perf_counter()
+        self._next = ended + 10 * (ended - began)
+
+    def perhaps(self) -> None:
+        if time.perf_counter() >= self._next:
+            self.now()
 
 
 def _checked(
