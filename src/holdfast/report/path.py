@@ -32,7 +32,7 @@ DIRECTIONS: Mapping[str, str] = {
     "gradient_inside": "the margin's gradient, inside the constraint",
 }
 ROUTES: Mapping[str, str] = {
-    "direct": "nothing but the vector itself",
+    "direct": "nothing but the vector, and clamps above that read it",
     "no attention": "later MLPs answer, attention adds what it did",
     "no mlps": "later attention answers, MLPs add what they did",
     "no patterns": "attention looks where it did, all else answers",
