@@ -158,15 +158,18 @@ def _demo_audits(root: Path) -> Iterator[Finding]:
             audit.data or study.data, study.seed,
         )  # fmt: skip
         yield _valid(f"{audit.name}", int(setting.suppressed.sum()), len(setting.test))
-        for neighbor, (_, clean, suppressed) in setting.neighbors.items():
+        # What a clamp does to the other classes of fitted probes is a finding of the audit: their
+        # features are chosen for one class, and nothing is promised of the rest.
+        promised = {} if setting.test.readout.tensors else setting.neighbors
+        for neighbor, (_, clean, suppressed) in promised.items():
             before, after = (
                 float((clean > 0).float().mean()),
                 float((suppressed > 0).float().mean()),
             )
             yield Finding(
                 check=f"organism: {audit.name}, {neighbor} under the clamp",
-                passed=after >= 0.9 or before - after <= 0.1,
-                expected="at least 0.9 right, or at most 0.1 fewer than without the clamp",
+                passed=after >= 0.9,
+                expected="at least 0.9 right",
                 measured=f"{after:.3f} (without the clamp {before:.3f})",
                 remedy=RETRAIN,
             )
