@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -158,10 +159,9 @@ def _demo_audits(root: Path) -> Iterator[Finding]:
             audit.data or study.data, study.seed,
         )  # fmt: skip
         yield _valid(f"{audit.name}", int(setting.suppressed.sum()), len(setting.test))
-        # What a clamp does to the other classes of fitted probes is a finding of the audit: their
-        # features are chosen for one class, and nothing is promised of the rest.
-        promised = {} if setting.test.readout.tensors else setting.neighbors
-        for neighbor, (_, clean, suppressed) in promised.items():
+        # Features of a fitted probe are chosen for one class, and nothing is promised of the rest.
+        level: Literal["fault", "caution"] = "caution" if setting.test.readout.tensors else "fault"
+        for neighbor, (_, clean, suppressed) in setting.neighbors.items():
             before, after = (
                 float((clean > 0).float().mean()),
                 float((suppressed > 0).float().mean()),
@@ -169,6 +169,7 @@ def _demo_audits(root: Path) -> Iterator[Finding]:
             yield Finding(
                 check=f"organism: {audit.name}, {neighbor} under the clamp",
                 passed=after >= 0.9,
+                level=level,
                 expected="at least 0.9 right",
                 measured=f"{after:.3f} (without the clamp {before:.3f})",
                 remedy=RETRAIN,
