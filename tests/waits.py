@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from holdfast import ascent, gates, polyhedron, waiting
+
 _WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique",
           "unique_dim", "unique_consecutive", "isin", "_linalg_check_errors")  # fmt: skip
 
@@ -60,3 +62,9 @@ def _noting(waits: Waits, name: str, do: Any) -> Any:
         return do(value, *args, **kwargs)
 
     return noted
+
+
+def pretend(patch: pytest.MonkeyPatch, waits: bool) -> None:
+    """The CPU is read as if the host had to wait for it, or as it is."""
+    for module in (waiting, ascent, gates, polyhedron):
+        patch.setattr(module, "waits", lambda device: waits)

@@ -16,6 +16,7 @@ from holdfast.errors import EditError
 from holdfast.positions import selected
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
+from holdfast.waiting import waits
 
 
 class Gating(Protocol):
@@ -95,10 +96,13 @@ class PromptGate:
         )
 
     def opens(self, x: Tensor, frame: Frame) -> Tensor:
-        counted = frame.once(self, lambda: self._counted(frame))
-        if counted is not None:
+        prompt = frame.once(self, lambda: self._prompt(frame))
+        if prompt is not None:
+            counted, there = prompt
             fires = (self.bank.activations(x, frame) > self.above).any(-1) & counted
             decided = fires.sum(1) > self.share * counted.sum(1)
+            if id(self) in frame.decided:
+                decided = torch.where(there, decided, frame.decided[id(self)][1])
             frame.decided[id(self)] = (self, decided)
         if id(self) not in frame.decided:
             raise EditError(
@@ -107,17 +111,20 @@ class PromptGate:
             )
         return frame.decided[id(self)][1][:, None].expand(frame.positions.shape)
 
-    def _counted(self, frame: Frame) -> Tensor | None:
-        """[b s] bool: the prompts' tokens, None for a pass over what comes after them."""
+    def _prompt(self, frame: Frame) -> tuple[Tensor, Tensor] | None:
+        """Which tokens count [b s], and for which prompts these are theirs [b]; None for a pass
+        over what comes after them. A device that has to be waited for is asked of the first pass
+        alone, not once a token of an answer."""
         here = selected("prompt", True, frame).sum(1)
-        if not here.any():
-            return None
-        if (here != frame.prompt_length).any():
-            raise EditError(
-                f"the clamp at {self.bank.site} acts {self.words}, and this pass is over a part of "
-                "a prompt; give the whole prompt in one call"
-            )
-        return selected("prompt", self.include_bos, frame)
+        if id(self) not in frame.decided or not waits(here.device):
+            if not here.any():
+                return None
+            if (here != frame.prompt_length).any():
+                raise EditError(
+                    f"the clamp at {self.bank.site} acts {self.words}, and this pass is over a "
+                    "part of a prompt; give the whole prompt in one call"
+                )
+        return selected("prompt", self.include_bos, frame), here > 0
 
     def to(self, device: torch.device | str) -> PromptGate:
         return replace(self, bank=self.bank.to(device))

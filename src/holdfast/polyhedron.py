@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from holdfast.subspace import Iterate, into_ball
-from holdfast.waiting import due, perhaps
+from holdfast.waiting import perhaps, waits
 
-MAX_ITERATIONS = 30
-"""Active sets tried; a handful is usual."""
+MAX_ITERATIONS = 8
+"""Active sets tried: as many are where nobody asks whether they still change. Of 580,000 points of
+searches on the organism none needed a fifth."""
 
 ROUNDING = 1e-9
 """Excess over a bound, in units of ‖a_i‖·‖δ‖, that is rounding and no failure to converge."""
@@ -86,14 +87,14 @@ class Polyhedron:
     def _binding(self, G: Tensor, want: Tensor) -> Tensor:
         """[n p k] bool: directions whose bound holds with equality at the nearest point."""
         binding = self.equal | (self.bounded & (want > 0))
-        for rounds in range(1, MAX_ITERATIONS + 1):
+        for _ in range(MAX_ITERATIONS):
             multiplier = _solve(G, want, binding)
             slack = want - (G @ multiplier[..., None]).squeeze(-1)
             # A bound binds while it pushes; it starts to where it would be exceeded.
             pushed = torch.where(binding, multiplier > 0, slack > 0)
             now = self.equal | (self.bounded & pushed)
             changed, binding = now != binding, now
-            if not perhaps(changed, rounds):
+            if not perhaps(changed):
                 break
         return binding
 
@@ -109,4 +110,4 @@ def _solve(G: Tensor, want: Tensor, binding: Tensor) -> Tensor:
     on = binding.to(G.dtype)
     masked = G * on[..., None] * on[..., None, :] + torch.diag_embed(1 - on)
     # Whether a matrix is singular is a question too. Unasked, what comes of one is not finite.
-    return torch.linalg.solve_ex(masked, want * on, check_errors=due(0, G.device))[0]
+    return torch.linalg.solve_ex(masked, want * on, check_errors=not waits(G.device))[0]

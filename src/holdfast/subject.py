@@ -26,7 +26,7 @@ from holdfast.saes.sae import SAE
 from holdfast.saes.stored import StoredSAE
 from holdfast.sampling import Choice, greedy
 from holdfast.sites import Site
-from holdfast.waiting import due, perhaps
+from holdfast.waiting import Behind
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -374,8 +374,8 @@ class Subject:
         tokens, positions, mask = batch.tokens[:, start:], batch.positions[:, start:], batch.mask
         done, bad = torch.zeros(2, len(batch), dtype=torch.bool, device=self.device)
         made, length = [], torch.zeros(len(batch), dtype=torch.long, device=self.device)
-        whole = batch.frame()
-        for n in range(1, max_new_tokens + 1):
+        whole, behind = batch.frame(), Behind()
+        for _ in range(max_new_tokens):
             attached.frame = replace(whole, positions=positions)
             logits = self.model(
                 input_ids=tokens,
@@ -386,19 +386,18 @@ class Subject:
                 logits_to_keep=1,
             ).logits[:, -1]
             bad = bad | (~_finite(logits) & ~done.all())
-            # What was chosen from logits that are not finite is not returned: the last look raises.
-            if n == max_new_tokens or due(n, self.device):
-                self._check_none(bad, batch.ids)
             chosen = torch.where(done, pad, choose(batch.ids, logits))
             made.append(chosen)
             length = length + ~done
             done = done | (chosen[:, None] == ends).any(1)
-            if not perhaps(~done, n):
+            known = behind.read(torch.stack([done.all(), bad.any()]))
+            if known is not None and known.any():
                 break
             tokens = chosen[:, None]
             positions = positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(batch), 1)], 1)
-        # Without the tokens that were made after the last row had ended, before anybody looked.
+        self._check_none(bad, batch.ids)
+        # Without a token that was made before it was known that the last row had ended.
         return torch.stack(made, 1)[:, : int(length.max())]
 
     def check_finite(self, logits: Tensor, ids: Sequence[str]) -> None:

@@ -1,38 +1,88 @@
-"""When the host asks a device something: the one place where that is decided.
+"""How the host learns what a device has computed: the one place where that is decided.
 
-To read a value the host waits until the device has done all that it was given, and gives it nothing
-meanwhile. On the CPU nobody waits, so loops end as early as they can. Elsewhere a loop asks seldom,
-and what has ended stays in it, masked and left as it is, until then: its results are the same.
+To read a value the host waits until the device has done all that it was given, and meanwhile the
+device is given nothing. On the CPU nobody waits, so loops end as early as they can. Elsewhere it
+depends on what a round of a loop costs:
+
+- Cheap rounds are a fixed few, and nobody asks whether they are needed (`perhaps`).
+- Rounds that run the model are asked about, and answered a round later (`Behind`): the device has a
+  round to do while the host reads of the last.
+
+What has ended stays in a loop, masked and left as it is, until that is known: its results are the
+same, and nothing depends on how fast a device is.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-LOOK = 8
-"""Rounds of a loop between two looks at what has ended, on a device that has to be waited for."""
 
-PASSES = 2
-"""The same where a round runs blocks of the model, which costs more than a wait."""
+def waits(device: torch.device) -> bool:
+    """Whether the host has to wait to read what is on a device: not on the CPU."""
+    return device.type != "cpu"
+
+
+def perhaps(some: Tensor, rounds: int = 0, most: int = 8) -> bool:
+    """Whether `some` [...] bool may hold somewhere: True where the device is not asked."""
+    return not due(rounds, some.device, most) or bool(some.any())
+
+
+class Behind:
+    """What a loop asks in every round, answered a round later where the host would have to wait."""
+
+    def __init__(self) -> None:
+        self._asked: _Asked | None = None
+
+    def read(self, values: Tensor) -> NDArray[Any] | None:
+        """[...] as they are on the CPU; elsewhere as they were when this was last asked, None for
+        the first time."""
+        if not waits(values.device):
+            return values.numpy()
+        before, self._asked = self._asked, _Asked.of(values)
+        return None if before is None else before.answer()
+
+    def forget(self) -> None:
+        """What was asked last is of rows that are gone: the next answer is as of a first."""
+        self._asked = None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Values on their way to the host; event: that they are there."""
+
+    values: Tensor
+    event: torch.Event | None
+
+    @classmethod
+    def of(cls, values: Tensor) -> _Asked:
+        if not torch.accelerator.is_available():  # a device that is only pretended
+            return cls(values.to("cpu", copy=True), None)
+        # Only into pinned memory is a copy made beside what both sides do.
+        copy = torch.empty_like(values, device="cpu", pin_memory=True)
+        copy.copy_(values, non_blocking=True)
+        event = torch.Event(values.device)
+        event.record(torch.accelerator.current_stream(values.device))
+        return cls(copy, event)
+
+    def answer(self) -> NDArray[Any]:
+        if self.event is not None:
+            self.event.synchronize()
+        return np.asarray(self.values)
+
+
+LOOK, PASSES = 8, 2
 
 
 def looks(device: torch.device) -> int:
-    """Rounds between two looks: on the CPU nobody waits."""
-    return 1 if device.type == "cpu" else LOOK
+    return LOOK if waits(device) else 1
 
 
 def due(rounds: int, device: torch.device, most: int = LOOK) -> bool:
-    """Whether a loop asks the device after so many rounds. On the CPU it always does; elsewhere
-    not before its first round, where there is hardly ever an end to find.
-
-    most: rounds between two looks at most, for loops whose rounds cost more than a wait.
-    """
     every = min(looks(device), most)
     return every == 1 or (rounds > 0 and rounds % every == 0)
-
-
-def perhaps(some: Tensor, rounds: int = 0, most: int = LOOK) -> bool:
-    """Whether `some` [...] bool may hold somewhere, as far as is known after so many rounds: True
-    where the device is not asked. With no rounds: what only the CPU asks."""
-    return not due(rounds, some.device, most) or bool(some.any())

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast import waiting
 from holdfast.ascent import Climb, ascend
 from holdfast.batch import Batch, Frame
 from holdfast.batching import Batching
@@ -31,6 +30,7 @@ from holdfast.steppers import Adam
 from holdfast.subject import Subject
 from holdfast.subspace import Iterate, NullSpace, norms
 from holdfast.testing import check_constraint, random_sae, tiny_problem
+from tests.waits import pretend
 
 SITE = Site(2)
 D = 32
@@ -258,7 +258,7 @@ def test_another_batch_size_gives_the_same_answers(
 
 
 @pytest.mark.parametrize("constraint", [Unconstrained(), GradientProjection(), EncoderNull()])
-def test_looking_seldom_which_lanes_have_ended_finds_the_same(
+def test_knowing_late_which_lanes_have_ended_finds_the_same(
     subject: Subject,
     batch: Batch,
     bank: FeatureBank,
@@ -277,17 +277,17 @@ def test_looking_seldom_which_lanes_have_ended_finds_the_same(
 
     monkeypatch.setattr(Lanes, "climbed", counted)
     found, n_lanes = [], []
-    for every in (1, 8):
-        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+    for waits in (False, True):
+        pretend(monkeypatch, waits)
         lanes.clear()
         found.append(recover(problem, spec, seed=0))
         n_lanes.append(sum(lanes))
-    often, seldom = found
+    at_once, late = found
     assert n_lanes[1] > n_lanes[0], "lanes that had ended were still in the batch"
-    assert often.outcomes == seldom.outcomes
-    assert torch.equal(often.steps, seldom.steps)
-    torch.testing.assert_close(often.delta, seldom.delta, rtol=1e-3, atol=1e-4)
-    for one, other in zip(often.trace, seldom.trace, strict=True):
+    assert at_once.outcomes == late.outcomes
+    assert torch.equal(at_once.steps, late.steps)
+    torch.testing.assert_close(at_once.delta, late.delta, rtol=1e-3, atol=1e-4)
+    for one, other in zip(at_once.trace, late.trace, strict=True):
         assert {k: one[k] for k in ("step", "n_searching", "n_reached")} == {
             k: other[k] for k in ("step", "n_searching", "n_reached")
         }

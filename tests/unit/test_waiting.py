@@ -27,7 +27,7 @@ from holdfast.stack import Stack
 from holdfast.subject import Subject
 from holdfast.subspace import Charted, FeasibleSet, Iterate
 from holdfast.testing import tiny_batch, tiny_subject
-from tests.waits import counted
+from tests.waits import counted, pretend
 
 SITES = (Site(1), Site(2))
 
@@ -160,7 +160,7 @@ def test_a_step_with_vectors_held_in_place_never_waits(
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is asked as if it had to be waited for."""
-    monkeypatch.setattr(waiting, "looks", lambda device: waiting.LOOK)
+    pretend(monkeypatch, True)
 
 
 NEVER = (
@@ -198,13 +198,15 @@ def waits_of(sets: FeasibleSet, problem: Problem, length: float) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kind", "sites"),
-    [(kind, SITES[1:]) for kind in (*NEVER, *ONE_SITE)] + [(kind, SITES) for kind in NEVER],
+    [(kind, SITES[1:]) for kind in (*NEVER, *ONE_SITE, *BOUNDED)]
+    + [(kind, SITES) for kind in (*NEVER, *HELD, *BOUNDED)],
 )
+@pytest.mark.parametrize("length", [0.1, 10.0])
 def test_coming_back_into_the_set_never_waits(
-    subject: Subject, batch: Batch, kind: str, sites: tuple[Site, ...]
+    subject: Subject, batch: Batch, kind: str, sites: tuple[Site, ...], length: float, far: None
 ) -> None:
     problem, sets = a_set(subject, batch, kind, sites)
-    assert waits_of(sets, problem, 1.0) == []
+    assert waits_of(sets, problem, length) == []
 
 
 ROUNDS = [(kind, SITES) for kind in (*HELD, *BOUNDED)] + [(kind, SITES[1:]) for kind in BOUNDED]
@@ -212,20 +214,7 @@ ROUNDS = [(kind, SITES) for kind in (*HELD, *BOUNDED)] + [(kind, SITES[1:]) for 
 
 
 @pytest.mark.parametrize(("kind", "sites"), ROUNDS)
-def test_rounds_are_ended_by_the_one_place_that_asks_and_seldom(
-    subject: Subject, batch: Batch, kind: str, sites: tuple[Site, ...], far: None
-) -> None:
-    problem, sets = a_set(subject, batch, kind, sites)
-    places = waits_of(sets, problem, 10.0)
-    assert all("waiting.py" in place for place in places), places
-    if len(sites) == 1:
-        assert len(places) == 1, "a handful of active sets is usual"
-    elif kind in HELD:
-        assert 1 <= len(places) <= 3
-
-
-@pytest.mark.parametrize(("kind", "sites"), ROUNDS)
-def test_rows_that_have_ended_stay_where_they_are_until_somebody_looks(
+def test_rounds_that_nobody_asks_for_change_nothing(
     subject: Subject, batch: Batch, kind: str, sites: tuple[Site, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -234,11 +223,11 @@ def test_rows_that_have_ended_stay_where_they_are_until_somebody_looks(
     # Some rows need no round, others several.
     gradient = gradient * torch.tensor([1e-3, 1.0, 30.0, 0.0, 5.0, 1e-2])[:, None, None]
     found = []
-    for every in (1, 2, waiting.LOOK):
-        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+    for waits in (False, True):
+        pretend(monkeypatch, waits)
         found.append(a_step_of(sets, problem, gradient, 1.0))
-    for seldom in found[1:]:
-        torch.testing.assert_close(seldom, found[0], rtol=1e-6, atol=1e-7)
+    near, far = found
+    torch.testing.assert_close(far, near, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("length", [0.1, 10.0])
@@ -248,8 +237,8 @@ def test_the_true_jacobians_set_waits_seldom_and_finds_the_same(
     problem, sets = a_set(subject, batch, "jacobian_null", SITES)
     gradient = length * torch.randn(problem.shape)
     found, waits = [], []
-    for every in (1, waiting.LOOK):
-        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+    for far in (False, True):
+        pretend(monkeypatch, far)
         a_step_of(sets, problem, gradient, 1.0)
         with counted() as places:
             found.append(a_step_of(sets, problem, gradient, 1.0))
@@ -279,24 +268,68 @@ def test_a_step_of_several_constraints_in_one_batch_never_waits(
     assert places == []
 
 
-@pytest.mark.parametrize("kind", ["encoder_null", "one_sided"])
-def test_a_search_looks_at_its_lanes_every_few_steps(
-    subject: Subject, batch: Batch, kind: str, far: None
+@pytest.mark.parametrize(
+    ("kind", "sites"),
+    [("encoder_null", SITES[1:]), ("one_sided", SITES[1:]), ("one_sided", SITES),
+     ("feature_hold", SITES)],
+)  # fmt: skip
+def test_a_search_reads_of_its_lanes_a_step_later_and_of_nothing_else(
+    subject: Subject, batch: Batch, kind: str, sites: tuple[Site, ...], far: None
 ) -> None:
-    problem, sets = a_set(subject, batch, kind, SITES[1:])
+    problem, sets = a_set(subject, batch, kind, sites)
     stepper = CONSTRAINTS.parse({"kind": kind}).stepper
-    start = torch.zeros(problem.shape)
-    climb = Climb(
-        torch.arange(6), start, torch.full((6,), 1e6), problem.radius, torch.full((6,), 0.1)
-    )
+    climb = climb_of(problem, goal=1e6)
     waits = []
-    for steps in (16, 32):
+    for steps in (8, 16):
         ascend(problem, sets, climb, steps, stepper)
         with counted() as places:
             ascend(problem, sets, climb, steps, stepper)
-        waits.append(len(places))
-    # One set in rounds asks once a step beside the look at the lanes every eighth.
-    assert waits[1] - waits[0] <= 16 // waiting.LOOK * 2 + (20 if kind == "one_sided" else 0)
+        waits.append(Counter(places))
+    ((place, n),) = (waits[1] - waits[0]).items()
+    assert "waiting.py" in place and n == 8, "one answer a step, to what was asked a step before"
+
+
+def climb_of(problem: Problem, goal: float) -> Climb:
+    n = len(problem)
+    return Climb(
+        torch.arange(n), torch.zeros(problem.shape), torch.full((n,), goal), problem.radius,
+        torch.full((n,), 0.1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["encoder_null", "gradient_projection"])
+def test_lanes_that_leave_late_find_what_they_find(
+    subject: Subject, batch: Batch, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, sets = a_set(subject, batch, kind, SITES[1:])
+    stepper = CONSTRAINTS.parse({"kind": kind}).stepper
+    with torch.no_grad():
+        margin = Lanes.of(problem, torch.arange(6)).margin(torch.zeros(problem.shape))
+    climb = climb_of(problem, 0.0)
+    # At once, after some steps, and never.
+    rising = torch.tensor([-1.0, 0.02, 0.05, 0.1, 0.2, 1e6])
+    climb = replace(climb, goal=margin + rising, lr=torch.full((6,), 0.01))
+    found = []
+    for waits in (False, True):
+        pretend(monkeypatch, waits)
+        found.append(ascend(problem, sets, climb, 12, stepper))
+    near, far = found
+    assert len(set(near.reached_at.tolist())) > 3, "the fixture: they leave at different steps"
+    assert torch.equal(near.reached_at, far.reached_at) and torch.equal(near.passes, far.passes)
+    torch.testing.assert_close(far.delta, near.delta, rtol=1e-5, atol=1e-6)
+
+
+def test_answers_are_those_of_a_round_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [torch.tensor([i, i + 1]) for i in range(4)]
+    pretend(monkeypatch, False)
+    near = waiting.Behind()
+    assert [near.read(x).tolist() for x in asked] == [x.tolist() for x in asked]
+    pretend(monkeypatch, True)
+    behind = waiting.Behind()
+    assert behind.read(asked[0]) is None
+    assert [behind.read(x).tolist() for x in asked[1:]] == [x.tolist() for x in asked[:-1]]
+    behind.forget()
+    assert behind.read(asked[0]) is None
 
 
 # --- Generation -----------------------------------------------------------------------------------
@@ -320,12 +353,12 @@ def pushed(subject: Subject, batch: Batch) -> tuple[Edit, ...]:
 
 
 @pytest.mark.parametrize("n", [3, 8, N_NEW])
-def test_looking_seldom_gives_the_same_tokens(
+def test_knowing_late_what_has_ended_gives_the_same_tokens(
     ending: Subject, batch: Batch, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    for every in (1, waiting.LOOK):
-        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+    for waits in (False, True):
+        pretend(monkeypatch, waits)
         made.append(
             [
                 ending.generate(batch, edits, n, choose)
@@ -335,7 +368,7 @@ def test_looking_seldom_gives_the_same_tokens(
         )
     for often, seldom in zip(*made, strict=True):
         assert torch.equal(often, seldom)
-    assert any(tokens.shape[1] % waiting.LOOK for tokens in made[0]), "nothing was cut"
+    assert any(tokens.shape[1] < n for tokens in made[0]) or n < 10, "nothing was cut"
 
 
 def test_what_the_prompt_decided_stays_while_the_answer_is_made(
@@ -360,27 +393,43 @@ def test_what_the_prompt_decided_stays_while_the_answer_is_made(
         replace(plain, where="prompt", value=9.0), replace(plain, where="generated", value=9.0),
     )  # fmt: skip
     made = []
-    for every in (1, waiting.LOOK):
-        monkeypatch.setattr(waiting, "looks", lambda device, every=every: every)
+    for waits in (False, True):
+        pretend(monkeypatch, waits)
         made.append([subject.generate(batch, own, 9) for own in (edits, edits[:2], edits[2:3])])
     for often, seldom in zip(*made, strict=True):
         assert torch.equal(often, seldom)
     assert not torch.equal(made[0][1], subject.generate(batch, (), 9)), "the fixture: it acts"
 
 
-def test_generation_waits_every_few_tokens(
-    subject: Subject, batch: Batch, far: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["plain", "gated", "gated by the prompt"])
+def test_generation_reads_a_token_later_what_has_ended(
+    subject: Subject, batch: Batch, kind: str, far: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Subject, "ends", frozenset())
-    edits = pushed(subject, batch)
+    edits = (*clamps(subject, kind), *pushed(subject, batch)[-1:])
     counts = []
-    for n in (8, 16, 24):
+    subject.generate(batch, edits, 4)
+    for n in (8, 16):
         with counted() as places:
             subject.generate(batch, edits, n)
         counts.append(Counter(places))
-    # Eight more tokens are two more looks: whether all is finite, and whether all have ended. The
-    # model itself asks once a token whether there is padding.
-    assert sorted((counts[2] - counts[1]).values()) == [1, 1, 8]
+    more = counts[1] - counts[0]
+    # Beside it the model itself asks once a token whether there is padding.
+    assert sorted(more.values()) == [8, 8]
+    assert sum("waiting.py" in place for place in more) == 1
+
+
+def test_a_condition_on_the_prompt_is_decided_by_it_alone_where_nobody_asks(
+    subject: Subject, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = clamps(subject, "gated by the prompt")
+    edits = tuple(replace(edit, value=30.0) for edit in edits if isinstance(edit, FeatureEdit))
+    made = []
+    for waits in (False, True):
+        pretend(monkeypatch, waits)
+        made.append(subject.generate(batch, edits, 9))
+    assert torch.equal(*made)
+    assert not torch.equal(made[0], subject.generate(batch, (), 9)), "the fixture: it acts"
 
 
 def test_logits_that_are_not_finite_are_still_an_error(
