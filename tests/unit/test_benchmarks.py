@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import pytest
 import torch
-from benchmarks import random_llama, replay
+from benchmarks import docs, harness, random_llama, replay
 from benchmarks.harness import BenchmarkError
 from benchmarks.published_refusal import PartialRefusalSearch, PublishedRefusalSearch
 from benchmarks.random_llama import Size
@@ -145,3 +146,10 @@ def test_a_perturbation_that_does_nothing_compares_nothing(
     )  # fmt: skip
     with pytest.raises(BenchmarkError, match="hardly moves"):
         disagreement(still, edits, [])
+
+
+def test_the_page_says_what_is_stored_and_a_result_says_on_what_it_was_measured() -> None:
+    assert docs.results() in docs.PAGE.read_text(), "run `python -m benchmarks --docs`"
+    told = harness.environment()
+    assert told["processor"] and told["cpus"] and told["memory_GB"] > 0
+    assert platform.node() not in map(str, told.values())
