@@ -131,17 +131,29 @@ def shown(value: Cell) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, without anything that names the machine or its owner."""
+    """Versions and kind of machine, without anything that names this one or its owner."""
     import torch
+
+    from holdfast.capacity import machine_bytes
 
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": platform.system(),
         "architecture": platform.machine(),
+        "processor": _processor(),
         "cpus": os.cpu_count(),
+        "memory_GB": round(machine_bytes() / 1e9),
         "torch_threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str:
+    """What the processor calls itself; Linux says it in a file, where `platform` says nothing."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
 
 
 def show(name: str, result: Result) -> None:

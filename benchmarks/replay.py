@@ -6,7 +6,8 @@ permutations of a question with four choices. Side by side: the published loop o
 time, with and without its drift terms (their weights are 0 by default); a full forward pass with
 the rank-|S| clamp, on one prompt and on the batch; and replay, on one prompt and on the batch. All
 give the same margins for the same perturbation, which is checked first. The rows from one to the
-next say where the factor comes from: no full-width encodes, fewer token-layers, batching.
+next say where the factor comes from: no full-width encodes, no unembedding of tokens that nobody
+reads, fewer token-layers, batching.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ def plan_(
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
-            "--prompt-tokens", min=2, help="of the longest prompt, instead of reading them"
+            "--prompt-tokens",
+            min=2,
+            help="of the longest prompt, instead of reading them: no dataset is needed",
         ),
     ] = None,
     sae_width: Annotated[

@@ -167,7 +167,18 @@ def load_model(spec: SubjectSpec, device: str) -> tuple[PreTrainedModel, PreTrai
     attach_projection(model, folder)
     if not placed:
         model.to(device)
-    return model.eval().requires_grad_(False), tokenizer
+    return at_rest(model), tokenizer
+
+
+def at_rest(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as every pass needs it: no dropout, which would make each pass another one, no
+    weight that asks for a gradient, and no layer that loses the gradient of what it is given."""
+    for module in model.modules():
+        # In its first pass without gradients bitsandbytes packs 4-bit weights, on CPUs with
+        # AVX512-BF16, for a kernel that has no backward pass. Gradients are then silently wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval().requires_grad_(False)
 
 
 def _placement(spec: SubjectSpec, device: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from holdfast.edits import Edit, EveryToken, Placed
 from holdfast.errors import NonFiniteError, SAEError, SplitError, SubjectError
 from holdfast.families import Family, context_of, d_model_of, family_of
 from holdfast.hooks import AttachedEdits
-from holdfast.loading import SubjectSpec, load_model
+from holdfast.loading import SubjectSpec, at_rest, load_model
 from holdfast.positions import check_fits
 from holdfast.readouts import Readout
 from holdfast.readouts.logits import LOGITS
@@ -80,8 +80,7 @@ class Subject:
     ) -> Subject:
         """Put loaded parts together; SAEs go where their site's residual is.
 
-        The model is put into evaluation mode and its weights are frozen: dropout would make every
-        pass another one, and no weight ever needs a gradient.
+        The model is put `at_rest`: in evaluation mode, its weights frozen.
 
         Raises SAEError if an SAE does not fit the model, SubjectError for an unknown family, an
         attention implementation that computes it wrong, or a tokenizer without a BOS to prepend.
@@ -101,7 +100,7 @@ class Subject:
             placed[site] = sae.to(_device_of(blocks[max(site.layer, 0)]))
         if prepend_bos and tokenizer.bos_token_id is None:
             raise SubjectError(f"prepend_bos: the tokenizer of {name} has no BOS token")
-        model.eval().requires_grad_(False)
+        at_rest(model)
         return cls(name, model, tokenizer, placed, family, batching or Batching(), prepend_bos)
 
     @property

@@ -19,11 +19,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from holdfast.batch import Batch, Frame
 from holdfast.batching import Batching
 from holdfast.block_calls import with_cache
-from holdfast.edits import Capture, Edit, Perturbation
+from holdfast.constraints.feature_hold import FeatureHold
+from holdfast.edits import Capture, Edit, FeatureEdit, Perturbation
 from holdfast.errors import EditError, SubjectError
 from holdfast.families import FAMILIES, Family, d_model_of, family_of
+from holdfast.gates import DirectionGate, Sensor
 from holdfast.hooks import AttachedEdits
 from holdfast.prefix import PrefixCache
+from holdfast.problem import Problem
 from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -336,23 +339,17 @@ def test_recorded_in_pieces_equals_recorded_at_once(
     close(pieces.rows(rows).logits(delta[rows]), at_once.logits(delta)[rows])
 
 
-class HeldPlane:
-    """Takes the part along a direction back to what it was, at some positions; an edit for full
-    passes, and what a replay does with a site's residual."""
+class HeldFeatures:
+    """`feature_hold` written by hand, as an edit of full passes: the residual at some positions is
+    put back to the reference along the encoder columns that a clamp holds."""
 
-    def __init__(self, site: Site, positions: Tensor, reference: Tensor, normal: Tensor):
-        self.site, self.positions = site, positions
-        self.reference, self.normal = reference, normal
+    def __init__(self, edit: FeatureEdit, positions: Tensor, reference: Tensor):
+        self.site, self.positions, self.reference = edit.bank.site, positions, reference
+        self.basis = torch.linalg.qr(edit.bank.W_enc[0]).Q
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return (self.site,)
-
-    def rows(self, rows: Tensor) -> HeldPlane:
-        return HeldPlane(self.site, self.positions[rows], self.reference[rows], self.normal)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x - ((x - self.reference) @ self.normal)[..., None] * self.normal
 
     def selects(self, site: Site, frame: Frame) -> Tensor:
         here = frame.positions[:, None] == self.positions[..., None]
@@ -361,7 +358,7 @@ class HeldPlane:
     def apply(self, site: Site, x: Tensor, frame: Frame) -> Tensor:
         for p in range(self.positions.shape[1]):
             here = (frame.positions == self.positions[:, p, None]) & (frame.positions >= 0)
-            off = ((x - self.reference[:, p, None]) @ self.normal)[..., None] * self.normal
+            off = (x - self.reference[:, p, None]) @ self.basis @ self.basis.T
             x = torch.where(here[..., None], x - off, x)
         return x
 
@@ -369,38 +366,78 @@ class HeldPlane:
         assert n_fired
 
 
-@in_every_family("replay logits", "replay gradients")
+ANSWERS = ([5, 6, 7], [8], [9, 10], [11, 12, 13])
+
+
+@in_every_family("several held layers")
+@pytest.mark.parametrize("forced", [False, True], ids=["next token", "forced answer"])
 def test_several_clamped_layers_that_are_held_replay_as_the_full_pass_runs(
-    subject: Subject,
+    subject: Subject, forced: bool
 ) -> None:
-    """Clamps at two sites, vectors at both, and both put back into a plane on the way."""
-    batch = prompts(subject, RAGGED)
+    """Clamps at two sites, vectors at both, `feature_hold` on the way, in ragged prompts; read at
+    the next token, or along answers of several lengths, with a vector at one of their tokens."""
     later = Site(3)
     both = replace(subject, saes={**subject.saes, later: random_sae(later, D_MODEL, seed=5)})
     clamps = (clamp(subject), clamp(both, site=later))
+    batch = prompts(subject, RAGGED)
     positions = positions_of(batch, "fewer in some")
+    if forced:
+        batch, last = batch.forcing(ANSWERS), last_positions(batch)
+        longer = torch.tensor([[len(answer) > 1] for answer in ANSWERS])
+        positions = torch.cat([last, torch.where(longer, last + 1, -1)], 1)
     replay = Replay.record(both, batch, (CLAMPED, later), positions, before=clamps)
-    normal = torch.nn.functional.normalize(torch.randn(2, D_MODEL), dim=-1)
-    hold = {
-        site: HeldPlane(site, positions, replay.reference[site], normal[i])
-        for i, site in enumerate((CLAMPED, later))
-    }
-    replay = replace(replay, hold=hold)
+    nowhere = torch.ones(len(batch))
+    banks = {edit.bank.site: edit.bank for edit in clamps}
+    problem = Problem(replay, batch, nowhere, banks, nowhere, nowhere)
+    replay = FeatureHold().acting(problem).replay
+    assert set(replay.hold) == {CLAMPED, later}
     delta = torch.randn(len(batch), 4, D_MODEL, requires_grad=True)
-    parts = replay.parts(delta)
-    weight = torch.randn(len(batch), subject.model.config.get_text_config().vocab_size)
-    weight /= weight.norm(dim=1, keepdim=True)
+    by_hand = [HeldFeatures(own, positions, replay.reference[own.bank.site]) for own in clamps]
 
     logits = replay.logits(delta)
-    added = Perturbation(batch.ids, positions, parts)
-    full = both.forward_with_gradients(batch, (*clamps, added, *hold.values()))
+    added = Perturbation(batch.ids, positions, replay.parts(delta))
+    full = both.forward_with_gradients(batch, (*clamps, added, *by_hand))
     close(logits, full)
+    weight = torch.randn_like(full)
+    weight /= weight.flatten(1).norm(dim=1).view(-1, *[1] * (full.ndim - 1))
     used = (positions >= 0).repeat(1, 2)
     expected = torch.autograd.grad((full * weight).sum(), delta)[0][used]
     close(torch.autograd.grad((logits * weight).sum(), delta)[0][used], expected)
+    unheld = both.forward_with_gradients(batch, (*clamps, added))
+    assert (unheld - full).abs().max() > 0.01, "holding does something"
 
     really = Perturbation(batch.ids, positions, replay.parts(replay.realized(delta).detach()))
-    close(logits.detach(), both.outputs(batch, (*clamps, really))[:, -1])
+    close(logits.detach(), both.read(batch, (*clamps, really)))
+
+
+@in_every_family("whole sequence")
+def test_a_clamp_that_the_prompt_decides_on_is_replayed_whole(subject: Subject) -> None:
+    """A vector at the last token takes a prompt over the edge of the clamp's condition, and so
+    changes all its tokens; logits and gradients are the full pass's."""
+    batch, site = prompts(subject, RAGGED), SITES[1]
+    positions = last_positions(batch)
+    added = perturbation(batch, site, positions)
+    delta = added.deltas[site].requires_grad_()
+    seen = []
+    for edits in ((), (added,)):
+        capture = Capture(site)
+        subject.outputs(batch, (*edits, capture))
+        seen.append(capture.at(batch.ids, positions)[:, 0].detach())
+    along = torch.nn.functional.normalize(seen[1] - seen[0], dim=-1)[0]
+    without, with_it = (torch.nn.functional.cosine_similarity(x, along[None]) for x in seen)
+    gate = DirectionGate(site, along, float((without[0] + with_it[0]) / 2))
+    assert not without[0] > gate.above and with_it[0] > gate.above, "the vector decides"
+    clamps = (Sensor(gate), replace(clamp(subject), gate=gate))
+
+    replay = Replay.record(subject, batch, site, positions, after=clamps)
+    assert replay.extent.startswith("whole sequence") and not replay.prefix
+    logits, full = replay.logits(delta), subject.forward_with_gradients(batch, (added, *clamps))
+    close(logits, full)
+    unclamped = subject.forward_with_gradients(batch, (added,))
+    assert (unclamped - full)[0].abs().max() > 0.01, "and the clamp does something"
+    weight = torch.nn.functional.normalize(torch.randn_like(full), dim=1)
+    expected = torch.autograd.grad((full * weight).sum(), delta)[0]
+    close(torch.autograd.grad((logits * weight).sum(), delta)[0], expected)
 
 
 def test_a_block_called_without_a_cache_cannot_be_replayed() -> None:

@@ -19,6 +19,7 @@ from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.loading import SubjectSpec, load_model
 from holdfast.planning import identify
 from holdfast.recovery import Budget, RecoverySpec, recover
+from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.sources import Folder, SAESpec
 from holdfast.sites import Site
@@ -158,6 +159,65 @@ def test_a_search_goes_through_quantized_layers_and_asks_nothing_of_their_weight
         found.append(recover(tiny_problem(subject, batch, bank), spec_, seed=0).delta)
         assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+class Packing(torch.nn.Linear):
+    """What bitsandbytes' 4-bit layer does on some CPUs: in a pass without gradients it takes to a
+    kernel that has no backward pass, and stays with it."""
+
+    support_avx512bf16_for_cpu = True
+    packed = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.packed |= self.support_avx512bf16_for_cpu and not x.requires_grad
+        return super().forward(x.detach() if self.packed else x)
+
+
+def test_no_layer_takes_to_a_kernel_that_has_no_backward_pass() -> None:
+    gradients = []
+    for packing in (True, False):
+        model: Any = tiny_model()
+        for block in model.model.layers:
+            if packing:
+                block.mlp.down_proj.__class__ = Packing
+        tokenizer: Any = tiny_tokenizer()
+        subject = Subject.of("tiny", model, tokenizer, {SITE: random_sae(SITE)})
+        batch = tiny_batch(subject, 4)
+        replay = Replay.record(subject, batch, Site(1), batch.prompt_length[:, None] - 1)
+        delta = torch.zeros(4, 1, 32, requires_grad=True)
+        gradients.append(torch.autograd.grad(replay.logits(delta)[:, 5].sum(), delta)[0])
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_gradients_through_bitsandbytes_are_those_of_its_numbers(
+    tmp_path: Path, quantization: Any
+) -> None:
+    """Where it is installed: the direction a search goes is that of the same weights in float32."""
+    bnb = pytest.importorskip("bitsandbytes")
+    path = saved(tmp_path / "m", tiny_model(d_model=64))
+    found = []
+    for dequantized in (False, True):
+        model, tokenizer = load_model(spec(path, quantization=quantization), "cpu")
+        for module in list(model.modules()) if dequantized else []:
+            for name, child in list(module.named_children()):
+                if isinstance(child, bnb.nn.Linear4bit):
+                    W = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
+                elif isinstance(child, bnb.nn.Linear8bitLt):
+                    W = child.weight.CB * child.weight.SCB[:, None] / 127
+                else:
+                    continue
+                plain = torch.nn.Linear(child.in_features, child.out_features, bias=False)
+                plain.weight.data = W.float()
+                setattr(module, name, plain)
+        subject = Subject.of("tiny", model, tokenizer, {SITE: random_sae(SITE, 64)})
+        batch = tiny_batch(subject, 6)
+        replay = Replay.record(subject, batch, Site(1), batch.prompt_length[:, None] - 1)
+        delta = torch.zeros(6, 1, 64, requires_grad=True)
+        logits = replay.logits(delta)
+        found.append(torch.autograd.grad((logits[:, 5] - logits[:, 6]).sum(), delta)[0])
+    cosine = torch.nn.functional.cosine_similarity(*(g.flatten(1) for g in found))
+    assert cosine.min() > 0.95  # 8-bit rounds the activations too
 
 
 def test_bitsandbytes_is_let_through_or_says_what_to_install(

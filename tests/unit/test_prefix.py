@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from holdfast.batch import Example
 from holdfast.prefix import ConstantCache, PrefixCache, attend, attending
-from holdfast.testing import tiny_subject
+from holdfast.replay import Replay
+from holdfast.sites import Site
+from holdfast.subject import Subject
+from holdfast.testing import WORDS, tiny_model, tiny_subject, tiny_tokenizer
 
 BEFORE, AFTER, HEADS, WIDTH = 5, 3, 4, 8
 
@@ -101,3 +108,39 @@ def test_rows_are_copied_when_a_block_asks_for_them_and_once() -> None:
         assert torch.equal(fewer.of(layer)[1], values[[3, 4]] + layer)
     alone = ConstantCache.like(fewer)
     assert isinstance(alone, ConstantCache) and alone.of(1)[0] is fewer.of(1)[0]
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any one tensor that is made, views of others left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if is_tensor(t)}
+        made = func(*args, **(kwargs or {}))
+        for t in filter(is_tensor, tree_leaves(made)):
+            if t.untyped_storage().data_ptr() not in given:
+                self.n = max(self.n, t.numel())
+        return made
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_neither_a_step_nor_its_backward_pass_copies_the_prefix(n_kv_heads: int) -> None:
+    """Of the last of 100 tokens: nothing is made that is as large as one block's keys of them."""
+    tokenizer: Any = tiny_tokenizer()
+    model: Any = tiny_model(n_kv_heads=n_kv_heads)
+    subject = Subject.of("tiny", model, tokenizer, {})
+    texts = [" ".join(WORDS[(i + j) % 40] for j in range(99 - i % 2)) for i in range(6)]
+    batch = subject.batch(
+        [Example(f"p{i}", text, "w1", ("w2",), ("w3",), f"p{i}") for i, text in enumerate(texts)]
+    )
+    replay = Replay.record(subject, batch, Site(1), batch.positions[:, -1:])
+    replay = replay.rows(torch.tensor([0, 1, 1, 2, 3, 4, 5, 5]))  # lanes, some of one prompt
+    delta = torch.randn(8, 1, 32, requires_grad=True)
+    replay.logits(delta)  # rows are brought when a block first asks for them
+    keys = min(own[0].numel() for own in replay.prefix if own is not None)
+    with Largest() as made:
+        torch.autograd.grad(replay.logits(delta).sum(), delta)
+    assert 0 < made.n < keys
