@@ -31,12 +31,33 @@ MedianActive = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
+class State:
+    """What the held features of one site are at residuals, [n p k] each, in float64.
+
+    held: bool, the features that there are, at the tokens that are looked at. preactivations, codes
+    of all of them; scale: ‖a_i‖·‖h‖.
+    """
+
+    held: Tensor
+    preactivations: Tensor
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, bank: FeatureBank, frame: Frame, h: Tensor, there: Tensor) -> State:
+        """Of residuals [n p d_model] in float64, at the tokens where `there` [n p]."""
+        held = bank.valid[bank.slices(frame)][:, None] & there[..., None]
+        return cls(
+            held, bank.preactivations(h, frame), bank.activations(h, frame), _scale(bank, frame, h)
+        )
+
+
+@dataclass(frozen=True)
 class Moved:
     """What the held features of one site did between two residuals, [n p k] each.
 
-    held: bool, the features that there are, at the tokens that are looked at. preactivation: |Δp_i|
-    in activation units, before, after: codes z_i; 0 where not held. scale: ‖a_i‖·‖h‖ of the first
-    residual.
+    held: as in `State`. preactivation: |Δp_i| in activation units, before, after: codes z_i; 0
+    where not held. scale: of the first residual.
     """
 
     held: Tensor
@@ -50,11 +71,25 @@ class Moved:
         cls, bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor, there: Tensor
     ) -> Moved:
         """Of residuals [n p d_model] in float64, at the tokens where `there` [n p]."""
-        held = bank.valid[bank.slices(frame)][:, None] & there[..., None]
-        moved, scale = _preactivations(bank, frame, before, after)
-        codes = (bank.activations(x, frame) for x in (before, after))
-        return cls(held, torch.where(held, moved, 0.0), scale,
-                   *(torch.where(held, z, 0.0) for z in codes))  # fmt: skip
+        return cls.of(*(State.of(bank, frame, h, there) for h in (before, after)))
+
+    @classmethod
+    def of(cls, before: State, after: State) -> Moved:
+        """Of two states of the same features at the same tokens."""
+        held = before.held
+        moved = (after.preactivations - before.preactivations).abs()
+        return cls(held, torch.where(held, moved, 0.0), before.scale,
+                   *(torch.where(held, state.codes, 0.0) for state in (before, after)))  # fmt: skip
+
+    @property
+    def flips(self) -> Tensor:
+        """[n] float64: how many of the features came on or went off."""
+        return ((self.before > 0) != (self.after > 0)).sum((1, 2)).double()
+
+    def overtaken(self, bank: FeatureBank) -> Tensor:
+        """[n] float64: how many did so though they need not have moved themselves, since others of
+        a TopK came before them or fell behind; 0 elsewhere."""
+        return self.flips if bank.guarantee == "margin" else torch.zeros_like(self.flips)
 
     def drift(self, floor: Tensor) -> Drift:
         """floor [n]: see `floor_of`."""
@@ -94,12 +129,18 @@ class Drift:
     ) -> Drift:
         """Of all held sites together: residuals [n p d_model] by site, in float64, at the tokens
         where `there` [n p]."""
-        sites = [
-            Moved.between(bank, frame, before[site], after[site], there).drift(
-                floor_of(bank, frame, median_active[site])
-            )
-            for site, bank in held.items()
-        ]
+        return cls.of_sites(
+            [
+                Moved.between(bank, frame, before[site], after[site], there).drift(
+                    floor_of(bank, frame, median_active[site])
+                )
+                for site, bank in held.items()
+            ]
+        )
+
+    @classmethod
+    def of_sites(cls, sites: Sequence[Drift]) -> Drift:
+        """Of several sites together."""
         return cls(
             torch.stack([s.preactivation for s in sites]).amax(0),
             *(
@@ -132,17 +173,15 @@ def floor_of(bank: FeatureBank, frame: Frame, median_active: MedianActive) -> Te
 def preactivation_drift(bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor) -> Tensor:
     """[n p] at each token, the largest |Δp_i| / (‖a_i‖·‖h‖) of a held feature between two residuals
     [n p d_model] in float64."""
-    moved, scale = _preactivations(bank, frame, before, after)
-    return torch.where(bank.valid[bank.slices(frame)][:, None], moved / scale, 0.0).amax(2)
+    moved = (bank.preactivations(after, frame) - bank.preactivations(before, frame)).abs()
+    drift = moved / _scale(bank, frame, before)
+    return torch.where(bank.valid[bank.slices(frame)][:, None], drift, 0.0).amax(2)
 
 
-def _preactivations(
-    bank: FeatureBank, frame: Frame, before: Tensor, after: Tensor
-) -> tuple[Tensor, Tensor]:
-    """|Δp| [n p k] between two residuals [n p d] in float64, and its scale ‖a_i‖·‖h‖."""
-    change = bank.preactivations(after, frame) - bank.preactivations(before, frame)
+def _scale(bank: FeatureBank, frame: Frame, h: Tensor) -> Tensor:
+    """[n p k] ‖a_i‖·‖h‖ of residuals [n p d_model] in float64."""
     length = bank.W_enc.double().norm(dim=1)[bank.slices(frame)][:, None].clamp_min(TINY)
-    return change.abs(), length * before.norm(dim=-1, keepdim=True).clamp_min(TINY)
+    return length * h.norm(dim=-1, keepdim=True).clamp_min(TINY)
 
 
 def squared_relative_drift(

@@ -354,6 +354,11 @@ class CaptureAt(EveryToken):
     def _row(self) -> dict[str, int]:
         return {example: row for row, example in enumerate(self.ids)}
 
+    def columns(self, n: int) -> CaptureAt:
+        """What was read at the first n of the positions."""
+        seen = [(rows, there[:, :n], x[:, :n]) for rows, there, x in self.seen]
+        return CaptureAt(self.site, self.ids, self.positions[:, :n], seen)
+
     @property
     def read(self) -> Tensor:
         """[b p d_model] float32, on the device of the positions; rows of -1 come back as zeros.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch
-from holdfast.edits import Capture, Edit
+from holdfast.edits import Capture, CaptureAt, Edit
 from holdfast.sites import Site
 from holdfast.subject import Subject
 
@@ -44,15 +44,16 @@ class FullPass:
         positions: Tensor,
     ) -> FullPass:
         """With the clamp's `edits` before or after what is added; read at positions [b p]."""
-        before, clamped, after = kinds = [[Capture(site) for site in sites] for _ in range(3)]
+        before, clamped = ([CaptureAt(s, batch.ids, positions) for s in sites] for _ in range(2))
+        after = [Capture(site) for site in sites]
         clamp = (*before, *edits, *clamped)
         passed = (*clamp, *added, *after) if clamp_first else (*added, *clamp, *after)
         logits = subject.read(batch, passed)
         everywhere = _positions(batch)
-        reads = {}
-        for index, site in enumerate(sites):
-            x, y, z = (c[index].at(batch.ids, positions) for c in kinds)
-            reads[site] = Read(x, y, z, after[index].at(batch.ids, everywhere))
+        reads = {
+            site: Read(x.read, y.read, z.at(batch.ids, positions), z.at(batch.ids, everywhere))
+            for site, x, y, z in zip(sites, before, clamped, after, strict=True)
+        }
         return cls(logits, reads)
 
     def at(self, site: Site) -> Read:

@@ -108,7 +108,6 @@ class HeldFeatures:
         fired = (z_before > 0) & valid
         still = (bank.activations(recovered.before.double(), frame) > 0) & fired
         elsewhere, anchor, answer = _along(bank, frame, reference.whole, recovered.whole, positions)
-        flips = ((z_ref > 0) != (z_rec > 0)).sum((1, 2)).double()
         z_read, change_read = _at_readout(bank, frame, reference.whole, recovered.whole)
         return cls(
             **vars(moved.drift(floor)),
@@ -125,8 +124,8 @@ class HeldFeatures:
             still=still.sum((1, 2)).double(),
             displaced=square(h_ref - reference.before.double()),
             displaced_now=square(recovered.clamped.double() - recovered.before.double()),
-            flips=flips,
-            overtaken=flips if bank.guarantee == "margin" else torch.zeros_like(flips),
+            flips=moved.flips,
+            overtaken=moved.overtaken(bank),
             **vars(Reactivation.between(z_ref, z_rec, valid)),
             decoded=square(bank.decode(z_rec, h_rec, frame) - bank.decode(z_ref, h_ref, frame)),
             read_size=square(z_read),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.direct import Spot, unreadable
-from holdfast.edits import Capture
+from holdfast.edits import CaptureAt
 from holdfast.frozen import Frozen
 from holdfast.measure import mean
 from holdfast.replays import EVERYBODY
@@ -29,11 +29,12 @@ class Lens:
     @classmethod
     def of(cls, found: Recovered) -> Lens:
         """For the rival that is strongest under the intervention. Needs logits (`unreadable`)."""
-        case, last = found.case, Capture(Site(found.case.subject.n_blocks))
-        subject, batch = case.subject, case.batch
+        case, subject, batch = found.case, found.case.subject, found.case.batch
+        # Which of the tokens that are read counts is not known before the pass.
+        tokens = batch.positions[:, -batch.n_read :]
+        last = CaptureAt(Site(subject.n_blocks), batch.ids, tokens)
         spot = Spot.of(batch, subject.read(batch, (*case.edits, last)))
-        read = spot.cut(batch.positions)
-        final = last.at(batch.ids, read[:, None])[:, 0]
+        read, final = spot.cut(batch.positions), spot.cut(last.read)
         norm = subject.family.final_norm_of(subject.model)
         W = subject.model.get_output_embeddings().weight
         toward = W[spot.target].double() - W[spot.rival].double()

@@ -18,23 +18,22 @@ one state, and a share of it is no property of the vector alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from holdfast.bounded import Bounded, Components, fitted, noise_for
 from holdfast.saes.sae import SAE
+from holdfast.said import Said
 from holdfast.sites import Site
-from holdfast.subspace import orthonormal_basis
 from holdfast.variants import Recovered
 
 EXACT = ("clamped", "other", "residual")
 """The parts that sum to δ."""
 
 REENCODED = (*EXACT, "seen", "unseen")
-
-_ENTRIES = 2**24
-"""Codes held at a time: 64 MB in float32."""
 
 TINY = 1e-30
 
@@ -82,64 +81,77 @@ class _Slots:
     clamped: Tensor
     other: Tensor
     top: Tensor
-    seen: Tensor
-    rank: Tensor
     switched: Tensor
     decoded: Tensor
     error: Tensor
     size: Tensor
 
-    @classmethod
-    def join(cls, pieces: list[_Slots], device: torch.device) -> _Slots:
-        names = [f.name for f in fields(cls)]
-        return cls(
-            **{name: torch.cat([getattr(p, name) for p in pieces]).to(device) for name in names}
-        )
 
+def take_apart(
+    found: Recovered, components: Components | None, n_top: int, atoms: int, seed: int
+) -> tuple[Split, dict[str, Bounded]]:
+    """Both splits of the vectors found: by what the SAE says of them, and into subspaces, by name.
 
-def split(found: Recovered, n_top: int) -> Split:
-    """Split the vectors found. Reads each site's whole SAE once, a chunk of slots at a time.
-
-    Raises SAEError where a perturbed site has no SAE.
+    components: where there are any, the subspace `principal`; n_top: how many of the features that
+    change most are a part of their own; atoms: most decoder rows of a sparse code. One site's whole
+    SAE is held at a time. Raises SAEError where a perturbed site has no SAE.
     """
-    problem, case = found.problem, found.case
     n, p = found.positions.shape
-    dtype = case.subject.model.dtype
-    by_site = []
-    for site, h in found.entered().items():
-        sae = case.subject.sae(site).full()
-        delta = problem.replay.parts(found.delta)[site]
-        at = sae.b_dec.device  # the whole SAE stays where its site's block is; slots come to it
-        own = _clamped(found, site, sae).to(at)  # [n F]
-        rows = torch.arange(n, device=at).repeat_interleave(p)
-        size = max(1, _ENTRIES // sae.n_features)
-        x, v = (each.flatten(0, 1).to(at) for each in (h, delta))
-        pieces = [
-            _slots(sae, x[i], v[i], own[rows[i]], n_top, dtype)
-            for i in torch.arange(n * p, device=at).split(size)
-        ]
-        by_site.append(_Slots.join(pieces, delta.device))
+    device, drawn = found.delta.device, noise_for(found, seed)
+    slots, fits = [], []
+    for index, (site, h) in enumerate(found.entered().items()):
+        noise = drawn[:, index * p : (index + 1) * p].flatten(0, 1)
+        basis = None if components is None else components.basis[site]
+        own, subspaces = _at(found, site, h, noise, basis, n_top, atoms)
+        slots.append(own)
+        fits.append(subspaces)
 
-    def laid(name: str) -> Tensor:
-        return torch.cat([getattr(s, name).unflatten(0, (n, p)) for s in by_site], 1)
+    def laid(columns: Sequence[Tensor]) -> Tensor:
+        return torch.cat([own.to(device).unflatten(0, (n, p)) for own in columns], 1)
 
-    delta, there = found.delta.double(), problem.perturbed
-    clamped, other, seen = laid("clamped"), laid("other"), laid("seen")
+    bounded = {
+        name: Bounded(*(
+            laid([getattr(own[name], field.name) for own in fits]) for field in fields(Bounded)
+        ))
+        for name in fits[0]
+    }  # fmt: skip
+    exact = _Slots(*(laid([getattr(own, f.name) for own in slots]) for f in fields(_Slots)))
+    return _split(found, exact, bounded["seen"]), bounded
+
+
+def _at(
+    found: Recovered, site: Site, h: Tensor, noise: Tensor, components: Tensor | None, n_top: int,
+    atoms: int,
+) -> tuple[_Slots, dict[str, Bounded]]:  # fmt: skip
+    """What is found at one site. Its SAE is let go of before the next one is read."""
+    said = Said.of(found, site, h)
+    at = said.h.device
+    subspaces = fitted(said, noise.to(at), components, atoms)
+    rows = torch.arange(len(h), device=at).repeat_interleave(h.shape[1])
+    clamped = _clamped(found, site, said.sae).to(at)  # [n F]
+    own = clamped[rows[:, None], said.ids.clamp(min=0)] & (said.ids >= 0)
+    return _slots(said, own, subspaces["seen"].part, n_top), subspaces
+
+
+def _split(found: Recovered, exact: _Slots, seen: Bounded) -> Split:
+    """Figures of prompts from those of their slots, [n q ...] each."""
+    delta, there = found.delta.double(), found.problem.perturbed
     parts = {
-        "clamped": clamped, "other": other, "residual": delta - clamped - other,
-        "top": laid("top"), "seen": seen, "unseen": delta - seen,
+        "clamped": exact.clamped, "other": exact.other,
+        "residual": delta - exact.clamped - exact.other, "top": exact.top,
+        "seen": seen.part, "unseen": delta - seen.part,
     }  # fmt: skip
     n_slots = there.sum(1).clamp_min(1)
-    decoded = laid("decoded").sum(1).sqrt()  # [n parts]
-    switched = (laid("switched") * there[..., None]).sum(1) / n_slots[:, None]
+    decoded = exact.decoded.sum(1).sqrt()  # [n parts]
+    switched = (exact.switched * there[..., None]).sum(1) / n_slots[:, None]
     visible = {}
     for column, name in enumerate(REENCODED):
         length = parts[name].norm(dim=(1, 2))
         visible[name] = torch.where(length > 0, decoded[:, column] / length.clamp_min(TINY), 0.0)
-    error, whole = (laid(name) * there for name in ("error", "size"))
+    error, whole = exact.error * there, exact.size * there
     return Split(
         **parts,
-        rank=laid("rank"),
+        rank=seen.rank,
         switched=dict(zip(REENCODED, switched.unbind(1), strict=True)),
         visible=visible,
         explained=1 - error.sum(1) / whole.sum(1).clamp_min(TINY),
@@ -156,52 +168,36 @@ def _clamped(found: Recovered, site: Site, sae: SAE) -> Tensor:
     return mask
 
 
-def _slots(
-    sae: SAE, h: Tensor, delta: Tensor, own: Tensor, n_top: int, dtype: torch.dtype
-) -> _Slots:
-    """h, delta [m d], own [m F]. The sum is rounded to the model's precision, as it is there."""
-    before = sae.encode(h)
-    scale = _scale(sae, h)
-    moved = (h + delta).to(dtype).float()
-    after = sae.encode(moved)
-    change = _scale(sae, moved) * after - scale * before
+def _slots(said: Said, own: Tensor, seen: Tensor, n_top: int) -> _Slots:
+    """own [m r]: which of the active features the clamp sets; seen [m d] float64: the projection
+    onto their decoder rows."""
+    change, delta = said.change, said.delta.double()
     rest = change.masked_fill(own, 0.0)
-    most = rest.abs().topk(min(n_top, sae.n_features), -1).indices
-    clamped, other = _decoded(change - rest, sae), _decoded(rest, sae)
-    top = torch.einsum("mk,mkd->md", rest.gather(1, most), sae.rows(most)).double()
-    seen, rank = _projected(sae, delta.double(), (before > 0) | (after > 0))
-    delta = delta.double()
-    parts = (clamped, other, delta - clamped - other, seen, delta - seen)
-    switched, decoded = [], []
-    for part in parts:
-        x = (h + part.float()).to(dtype).float()
-        codes = sae.encode(x)
-        switched.append(((codes > 0) != (before > 0)).sum(-1))
-        decoded.append(_decoded(_scale(sae, x) * codes - scale * before, sae).square().sum(-1))
+    most = rest.abs().topk(min(n_top, rest.shape[1]), -1).indices
+    clamped, other = said.written(change - rest).double(), said.written(rest).double()
+    top = said.written(rest.gather(1, most), said.ids.gather(1, most)).double()
+    parts = torch.stack([clamped, other, delta - clamped - other, seen, delta - seen])
+    switched, decoded = _encoded_again(said, parts)
+    inputs, b_dec = said.sae.inputs, said.sae.b_dec
+    made = inputs.leave(said.written(said.before) + b_dec, said.h)
+    nothing = inputs.leave(b_dec.expand_as(said.h), said.h)
     return _Slots(
-        clamped, other, top, seen, rank,
-        switched=torch.stack(switched, -1).double(),
-        decoded=torch.stack(decoded, -1),
-        error=(h - sae.decode(before, h)).double().square().sum(-1),
-        size=(h - sae.decode(torch.zeros_like(before), h)).double().square().sum(-1),
+        clamped, other, top, switched, decoded,
+        error=(said.h - made).double().square().sum(-1),
+        size=(said.h - nothing).double().square().sum(-1),
     )  # fmt: skip
 
 
-def _scale(sae: SAE, x: Tensor) -> Tensor | float:
-    """What a code is multiplied by in the residual; [m 1] where a token's norm enters."""
-    return sae.inputs.magnify(x)
-
-
-def _decoded(codes: Tensor, sae: SAE) -> Tensor:
-    return sae.written(codes).double()
-
-
-def _projected(sae: SAE, delta: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """[m d], [m]: each vector's projection onto the decoder rows of its active features, and the
-    dimension of their span."""
-    seen, rank = [], []
-    for vector, on in zip(delta, active, strict=True):
-        basis = orthonormal_basis(sae.rows(on).T).double().to(delta.device)
-        seen.append((vector @ basis) @ basis.T)
-        rank.append(basis.shape[1])
-    return torch.stack(seen), torch.as_tensor(rank, device=delta.device)
+def _encoded_again(said: Said, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """With each of k parts [k m d] added alone, [m k]: how many features it switches, and the
+    squared norm of what the SAE decodes of the change."""
+    k, m, _ = parts.shape
+    x = said.moved(parts)
+    worth, was = said.sae.inputs.magnify(x), said.sae.inputs.magnify(said.h)
+    switched = torch.zeros(k, m, dtype=torch.long, device=x.device)
+    written = torch.zeros_like(x)
+    for features, codes in said.sae.codes(x):
+        before = said.begins(features)
+        switched += ((codes > 0) != (before > 0)).sum(-1)
+        written += said.sae.written(worth * codes - was * before, features)
+    return switched.T.double(), written.double().square().sum(-1).T

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from holdfast.baselines import baselines
-from holdfast.bounded import Bounded, Components, bounded
+from holdfast.bounded import Bounded, Components
 from holdfast.divided import divided, interacting, worths
 from holdfast.heads import heads_of
 from holdfast.lens import seen_by_lens
 from holdfast.many_draws import many_draws
 from holdfast.measure import difference, mean, median, share
 from holdfast.overlaps import overlaps
-from holdfast.parts import REENCODED, Split, split
+from holdfast.parts import REENCODED, Split, take_apart
 from holdfast.predicted import predicted_of
 from holdfast.replays import (
     EVERYBODY,
@@ -65,8 +65,10 @@ def follow(found: Recovered, spec: PathSpec, seed: int, rows: Tensor | None = No
     clusters = found.case.batch.clusters
     missing = [str(s) for s in found.problem.sites if s not in found.case.subject.saes]
     components = _components(found, spec)
-    exact = None if missing else split(found, spec.top)
-    subspaces = {} if missing else bounded(found, components, spec.atoms, seed)
+    exact: Split | None = None
+    subspaces: dict[str, Bounded] = {}
+    if not missing:
+        exact, subspaces = take_apart(found, components, spec.top, spec.atoms, seed)
     parts = {} if exact is None else parts_of(exact, subspaces)
     others = baselines(found, spec, seed)
     pieces = [whole(found), *of_parts(found, parts), *of_undo(found), *of_places(found, spec)]

@@ -71,16 +71,18 @@ def _most_along(left: Tensor, rows: Tensor, length: Tensor, taken: Tensor) -> tu
     at = torch.arange(len(left), device=left.device)
     small = left.float()
     size = max(1, _ENTRIES // max(left.shape))
-    for chunk in torch.arange(len(rows), device=left.device).split(size):
-        scores = small @ rows[chunk].T.to(small.dtype) / length[chunk].clamp_min(1e-30)
-        scores = scores.masked_fill(length[chunk] == 0, -torch.inf)
+    for first in range(0, len(rows), size):
+        own = length[first : first + size]
+        scores = small @ rows[first : first + size].T.to(small.dtype)
+        # In place: scores are as large as all that is held at a time.
+        scores.div_(own.clamp_min(1e-30)).masked_fill_(own == 0, -torch.inf)
         for column in taken.T:  # a row that is in use has nothing more to give
-            inside = (column >= chunk[0]) & (column <= chunk[-1])
-            scores[at[inside], column[inside] - chunk[0]] = -torch.inf
+            inside = (column >= first) & (column < first + size)
+            scores[at[inside], column[inside] - first] = -torch.inf
         top = scores.max(1)
         better = top.values.double() > best
         best = torch.where(better, top.values.double(), best)
-        index = torch.where(better, chunk[top.indices], index)
+        index = torch.where(better, first + top.indices, index)
     return best, index
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Frame
 from holdfast.checks import Checks
-from holdfast.drift import MedianActive
-from holdfast.edits import Edit, Perturbation, in_order
+from holdfast.drift import Drift, MedianActive, Moved, State, floor_of
+from holdfast.edits import CaptureAt, Edit, Perturbation, in_order
 from holdfast.firing import Counted, counted
 from holdfast.full_pass import FullPass
 from holdfast.held_features import HeldFeatures, square
@@ -207,8 +207,9 @@ def effects(
     median_active: Mapping[Site, MedianActive],
     clamp_first: bool,
 ) -> list[Effect]:
-    """Several perturbations of the same sites and positions, each in full forward passes and
-    compared to one pass without any: the part of `verify` that comparing them needs."""
+    """Several perturbations of the same sites and positions, each in a full forward pass and
+    compared to one pass without any: the part of `verify` that comparing them needs, and no more of
+    it is read."""
     added = tuple(perturbations)
     if not added:
         return []
@@ -216,21 +217,32 @@ def effects(
     held = _together(held, added[0])
 
     def compare(rows: Tensor) -> list[Effect]:
-        some, first = batch.rows(rows), added[0].rows(rows)
-        reference = _passed(subject, some, run, (), first, held, clamp_first)
+        some, positions = batch.rows(rows), added[0].positions[rows]
+        frame = some.frame()
+
+        def states(edits: Sequence[Edit]) -> tuple[Tensor, dict[Site, State]]:
+            reads = [CaptureAt(site, some.ids, positions) for site in sorted(held)]
+            scores = subject.read(some, (*edits, *reads))
+            return scores, {
+                each.site: State.of(held[each.site], frame, each.read.double(), positions >= 0)
+                for each in reads
+            }
+
+        _, reference = states(run)
+        floor = {site: floor_of(bank, frame, median_active[site]) for site, bank in held.items()}
         found = []
         for own, push in zip(added, pushes, strict=True):
-            moved = _passed(subject, some, run, (push,), first, held, clamp_first)
-            total = HeldFeatures.between(
-                some.frame(), edits, held, median_active, reference, moved, first.positions
-            )
+            scores, after = states(in_order(run, push, clamp_first))
+            moved = {site: Moved.of(reference[site], after[site]) for site in reference}
+            drift = Drift.of_sites([each.drift(floor[site]) for site, each in moved.items()])
+            overtaken = [each.overtaken(held[site]) for site, each in moved.items()]
             found.append(
                 Effect(
-                    margin=some.margin(moved.logits).double(),
+                    margin=some.margin(scores).double(),
                     norm=own.rows(rows).norm,
-                    preactivation_drift=total.preactivation,
-                    drift_relative=total.relative,
-                    overtaken=total.overtaken,
+                    preactivation_drift=drift.preactivation,
+                    drift_relative=drift.relative,
+                    overtaken=torch.stack(overtaken).sum(0),
                 )
             )
         return found

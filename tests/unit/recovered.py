@@ -9,10 +9,12 @@ import torch
 
 from holdfast.attacks.residual import pose
 from holdfast.batch import Batch
+from holdfast.bounded import Bounded, Components
 from holdfast.controls.none import NoControl
 from holdfast.edits import Edit
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.interventions.clamp import Clamp
+from holdfast.parts import Split, take_apart
 from holdfast.recovery import RecoverySpec, recover
 from holdfast.setting import Setting
 from holdfast.sites import Site
@@ -65,3 +67,15 @@ def search(setting: Setting, constraint: str = "encoder_null", **fields: Any) ->
     assert positions.shape == (n, p)
     rows = (found.margin > 0).nonzero().flatten()
     return Recovered.of(setting, case, problem, spec, found.delta, positions, rows)
+
+
+def split(found: Recovered, n_top: int) -> Split:
+    """The exact split alone."""
+    return take_apart(found, None, n_top, atoms=1, seed=0)[0]
+
+
+def bounded(
+    found: Recovered, components: Components | None, atoms: int, seed: int
+) -> dict[str, Bounded]:
+    """The splits into subspaces alone."""
+    return take_apart(found, components, 1, atoms, seed)[1]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from holdfast.bounded import SUBSPACES, Bounded, Components, bounded
+from holdfast.bounded import SUBSPACES, Bounded, Components
 from holdfast.edits import Capture, FeatureEdit
-from holdfast.parts import EXACT, split
+from holdfast.parts import EXACT
 from holdfast.paths import follow
 from holdfast.replays import of_likes, of_norms, of_parts, of_places, parts_of
 from holdfast.saes.bank import FeatureBank
@@ -19,7 +19,7 @@ from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.testing import random_sae, tiny_batch, tiny_subject
 from holdfast.variants import PathSpec, Recovered, perform
-from tests.unit.recovered import features_at, search, set_up
+from tests.unit.recovered import bounded, features_at, search, set_up, split
 
 SITE, ATOMS, TOP = Site(2), 6, 5
 
@@ -111,7 +111,8 @@ def test_chunks_change_nothing(
     made: dict[str, Bounded],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("holdfast.bounded._ENTRIES", 64)  # a slot at a time
+    monkeypatch.setattr("holdfast.saes.sae.ENTRIES", 64)  # a few features at a time
+    monkeypatch.setattr("holdfast.pursuit._ENTRIES", 64)  # a slot at a time
     for name, own in bounded(found, components, ATOMS, seed=0).items():
         torch.testing.assert_close(own.part, made[name].part, atol=1e-5, rtol=1e-4)
         assert torch.equal(own.rank, made[name].rank)

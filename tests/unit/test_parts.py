@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Example
 from holdfast.edits import FeatureEdit
-from holdfast.parts import EXACT, Split, split
+from holdfast.parts import EXACT, REENCODED, Split, take_apart
 from holdfast.paths import follow
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.inputs import Inputs
@@ -20,7 +21,7 @@ from holdfast.subject import Subject
 from holdfast.testing import random_sae, tiny_batch, tiny_subject
 from holdfast.variants import PathSpec, Recovered, Variant, perform
 from holdfast.verify import verify
-from tests.unit.recovered import features_at, search, set_up
+from tests.unit.recovered import features_at, search, set_up, split
 
 SITE, D = Site(2), 32
 
@@ -248,10 +249,35 @@ def test_every_kind_of_sae_is_split(kind: str) -> None:
 def test_chunks_change_nothing(
     found: Recovered, parts: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("holdfast.parts._ENTRIES", 64)  # a slot at a time
+    monkeypatch.setattr("holdfast.saes.sae.ENTRIES", 64)  # a few features at a time
+    monkeypatch.setattr("holdfast.said._ENTRIES", 64)  # a slot at a time
     again = split(found, 3)
     for name in (*EXACT, "top", "seen"):
         torch.testing.assert_close(getattr(again, name), getattr(parts, name), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [None, 8])
+def test_a_residual_meets_the_sae_once(k: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both splits together: the residual as it is, with the vector, and with each of the parts."""
+    sae = random_sae(SITE, jump=k is None)
+    found = recovered(with_sae(replace(sae, k=k)), constraint="unconstrained")
+    met, read = Counter[str](), Counter[str]()
+
+    def product(x: Tensor, W: Tensor) -> Tensor:
+        met["encoded" if len(W) == D else "decoded"] += x.shape[:-1].numel() * W.numel() // D
+        return x @ W
+
+    def full(self: SAE) -> SAE:
+        read[str(self.site)] += 1
+        return self
+
+    monkeypatch.setattr("holdfast.saes.sae.product", product)
+    monkeypatch.setattr("holdfast.saes.sae.ENTRIES", 900)  # many blocks, and no half of them
+    monkeypatch.setattr(SAE, "full", full)
+    take_apart(found, None, 3, 6, 0)
+    whole = len(found) * sae.n_features
+    assert met == {"encoded": (2 + len(REENCODED)) * whole, "decoded": len(REENCODED) * whole}
+    assert read == {str(SITE): 1}
 
 
 # --- Several sites and positions ------------------------------------------------------------------

@@ -18,7 +18,6 @@ from holdfast.discovery.attribution import Attribution
 from holdfast.edits import FeatureEdit
 from holdfast.interventions.clamp import Clamp
 from holdfast.loading import SAESpec, SubjectSpec
-from holdfast.parts import split
 from holdfast.paths import follow
 from holdfast.predicted import Foreseen, agreement, foresee
 from holdfast.recovery import RecoverySpec
@@ -30,7 +29,7 @@ from holdfast.sites import Site
 from holdfast.subject import Subject
 from holdfast.testing import tiny_batch, tiny_subject
 from holdfast.variants import PathSpec, Recovered, Variant, perform
-from tests.unit.recovered import features_at, search, set_up
+from tests.unit.recovered import features_at, search, set_up, split
 from tests.unit.test_parts import SITE, linear_subject, pairs, recovered
 
 FEW = PathSpec(scales=(1.0,), draws=1, margin_draws=2, heads=False, routes=False)

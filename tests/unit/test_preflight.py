@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import holdfast.preflight
 from holdfast.batch import Batch, Example, Frame
+from holdfast.batching import Batching
 from holdfast.behaviors import Behavior, BehaviorKind
 from holdfast.behaviors.ioi import IOI as IOIKind
 from holdfast.canonical import digest
@@ -819,9 +820,42 @@ def test_noise_flips_about_as_many_gates_as_a_lower_precision(organism: Setup) -
     low = load("organism", 0, dtype="bfloat16")
     drawn = {"fit": organism_prompts(low, "fit", 40)}
     scenes = [Scene(subject, Words(), drawn) for subject in (low, organism.subject)]
-    seen = [scene.tokens(scene.captures[SITE]) for scene in scenes]
-    seen.append(scenes[0].tokens(scenes[0].rounded[SITE]))
+    seen = [scene.some(scene.residuals[SITE], organism.sae) for scene in scenes]
+    seen.append(scenes[0].some(scenes[0].rounded[SITE], organism.sae))
     bf16, f32, noisy = (organism.sae.encode(x) > 0 for x in seen)
     n_true, n_noise = int((bf16 != f32).sum()), int((bf16 != noisy).sum())
     assert n_true > 10
     assert 0.5 <= n_noise / n_true <= 2.5
+
+
+@pytest.mark.parametrize("size", [3, 100])
+def test_residuals_are_those_of_a_whole_capture(organism: Setup, size: int) -> None:
+    """The same tokens, in pieces of any size, and how long all of them are."""
+    subject = replace(organism.subject, batching=Batching(size))
+    scene = Scene(subject, Words(), {"fit": organism_prompts(subject, "fit", 9)})
+    read = Capture(SITE)
+    subject.outputs(scene.batch, (read,))
+    there = [frame.positions >= 0 for frame, _ in read.seen]
+    every = [x[own] for own, (_, x) in zip(there, read.seen, strict=True)]
+    no_bos = [
+        x[own & (frame.positions > 0)] for own, (frame, x) in zip(there, read.seen, strict=True)
+    ]
+    sample = scene.residuals[SITE]
+    assert torch.equal(scene.some(sample, organism.sae), spread(torch.cat(no_bos), organism.sae))
+    norm = sample.norm[scene.batch.positions >= 0]
+    torch.testing.assert_close(norm, torch.cat(every).norm(dim=-1))
+
+
+def test_what_a_scene_holds_does_not_grow_with_its_prompts(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.preflight.scene.N_TOKENS", 40)
+    own, held = replace(subject, batching=Batching(2)), []
+    for length in (30, 120):
+        texts = [" ".join(WORDS[(i + j) % 40] for j in range(length)) for i in range(12)]
+        made = [Example(f"p{i}", text, "w1", ("w2",), ("w3",), "c") for i, text in enumerate(texts)]
+        scene = Scene(own, Words(), {"fit": made})
+        held.append({site: len(sample.x) for site, sample in scene.residuals.items()})
+        assert len(scene.some(scene.residuals[NEXT], own.sae(NEXT).full())) == 40
+    assert held[0].keys() == held[1].keys()
+    assert all(n <= 4 * 40 for n in held[1].values()), "of each SAE about, and of special tokens"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.residual import pose
+from holdfast.batch import Batch, Example
 from holdfast.batching import Batching
 from holdfast.controls.none import NoControl
 from holdfast.direct import Spot
@@ -19,10 +20,11 @@ from holdfast.routes import FROZEN, routes
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
-from holdfast.testing import tiny_batch, tiny_subject
+from holdfast.testing import WORDS, tiny_batch, tiny_subject
 from holdfast.variants import Recovered
 from tests.families import CASES, CLAMPED, clamp, family_subject, prompts
 from tests.unit.recovered import features_at, search, set_up
+from tests.unit.test_forecast import Live
 
 every_family = pytest.mark.parametrize(
     "subject", [pytest.param(case, id="-".join(case)) for case in CASES], indirect=True
@@ -34,9 +36,9 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return family_subject(*request.param)
 
 
-def every(subject: Subject, where: str = "last_prompt") -> Recovered:
+def every(subject: Subject, where: str = "last_prompt", batch: Batch | None = None) -> Recovered:
     """All prompts, with a random vector for each."""
-    batch, edit = prompts(subject), clamp(subject)
+    batch, edit = prompts(subject) if batch is None else batch, clamp(subject)
     setting = set_up(subject, batch, features_at((CLAMPED,)), (edit,))
     fields = {"constraint": {"kind": "unconstrained"}, "perturb": {"positions": where}}
     spec = RecoverySpec.model_validate(fields | {"budget": {"relative": 1.0}})
@@ -162,6 +164,19 @@ def test_a_vector_at_another_token_is_not_seen_by_the_lens() -> None:
     assert lens(found.delta * ~last[..., None]).abs().max() == 0
     torch.testing.assert_close(lens(found.delta), lens(found.delta * last[..., None]))
     assert lens(found.delta).abs().min() > 1e-3
+
+
+def test_what_the_lens_holds_does_not_grow_with_the_prompts() -> None:
+    """Beyond what it keeps of each: the residual and the logits of the token that is read."""
+    subject = replace(family_subject("llama", "sdpa"), batching=Batching(2))
+    text, peaks = " ".join(WORDS[:30]), []
+    for n in (4, 24):
+        made = [Example(f"p{i}", text, "w1", ("w2",), ("w3",), f"p{i}") for i in range(n)]
+        found = every(subject, batch=subject.batch(made))
+        with Live(list(subject.model.parameters())) as live:
+            Lens.of(found)
+        peaks.append(live.peak)
+    assert peaks[1] - peaks[0] < found.case.batch.tokens[4:].numel() * subject.d_model * 4 / 2
 
 
 def test_a_perturbation_of_several_sites_is_put_back_whole() -> None:

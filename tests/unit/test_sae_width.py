@@ -95,6 +95,7 @@ def test_blocks_change_no_code_and_no_reconstruction(monkeypatch: pytest.MonkeyP
         parts = [sae.encode(x, own, kth) for own in sae.blocks(55)]
         assert len(parts) > 10
         torch.testing.assert_close(torch.cat(parts, -1), whole)
+        torch.testing.assert_close(torch.cat([z for _, z in sae.codes(x)], -1), whole)
         torch.testing.assert_close(sae.encode(x, IDS), whole[..., list(IDS)])
         torch.testing.assert_close(sae.reconstruct(x), expected)
         leaf = x.clone().requires_grad_(True)

@@ -13,10 +13,12 @@ from holdfast.batching import Batching
 from holdfast.edits import FeatureEdit, Perturbation
 from holdfast.errors import EditNeverFiredError
 from holdfast.saes.bank import FeatureBank
+from holdfast.saes.rivals import Rivals
 from holdfast.sites import Site
 from holdfast.subject import Subject
-from holdfast.testing import WORDS
-from holdfast.verify import Checks, effects, verify
+from holdfast.testing import WORDS, random_sae
+from holdfast.verify import Checks, Effect, effects, verify
+from tests.unit.recovered import features_at
 from tests.unit.test_forecast import Live
 
 SITE = Site(2)
@@ -77,3 +79,29 @@ def test_what_is_held_does_not_grow_with_the_rows(subject: Subject, bank: Featur
             verify(own, batch, (), push, {SITE: bank}, SCALE, True)
         peaks.append(live.peak)
     assert peaks[1] < 1.3 * peaks[0]
+
+
+def test_comparing_perturbations_looks_for_each_limit_once(
+    subject: Subject, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a TopK: once for the pass without any, and once for each."""
+    sae = replace(random_sae(SITE, jump=False), k=8)
+    own = replace(subject, saes={SITE: sae})
+    features = features_at((SITE,))
+    bank = FeatureBank.of(sae, features)
+    looked, limit = [], Rivals.limit
+
+    def counting(rivals: Rivals, x: Tensor) -> Tensor:
+        looked.append(x.shape[:2])
+        return limit(rivals, x)
+
+    pushes = [push_of(batch), push_of(batch, none_for=2)]
+    checks = [verify(own, batch, (), push, {SITE: bank}, SCALE, True) for push in pushes]
+    monkeypatch.setattr(Rivals, "limit", counting)
+    made = effects(own, batch, (), pushes, {SITE: bank}, SCALE, True)
+    assert looked == [(len(batch), 1)] * (1 + len(pushes))
+    for effect, check in zip(made, checks, strict=True):
+        for field in fields(Effect):
+            torch.testing.assert_close(getattr(effect, field.name), getattr(check, field.name),
+                                       equal_nan=True)  # fmt: skip
+    assert made[0].overtaken.sum() > 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from holdfast.batch import Batch, Frame
@@ -161,16 +160,14 @@ def cached(stage: Stage) -> Iterator[Finding]:
 
 def sinks(stage: Stage) -> Iterator[Finding]:
     """Attention sinks, mostly the first token: what features do there is noise of a large norm."""
+    frame = stage.scene.batch.frame()
+    there = frame.positions >= 0
+    bos = ((frame.positions == 0) & frame.bos[:, None])[there]
     for edit in stage.edits:
-        for site in set(edit.sites) & stage.scene.captures.keys():
-            lengths, edited, bos = [], [], []
-            for frame, x in stage.scene.captures[site].seen:
-                there = frame.positions >= 0
-                lengths.append(x.float().norm(dim=-1)[there])
-                edited.append(edit.selects(site, frame)[there])
-                bos.append(((frame.positions == 0) & frame.bos[:, None])[there])
-            length, mask, first = map(torch.cat, (lengths, edited, bos))
-            ratio = length / length[~first].median()
+        for site in set(edit.sites) & stage.scene.residuals.keys():
+            length = stage.scene.residuals[site].norm[there]
+            mask = edit.selects(site, frame)[there]
+            ratio = length / length[~bos].median()
             outlying = mask & (ratio > OUTLYING)
             yield Finding(
                 check=f"attention sinks under the clamp at {site}",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import Batch, Frame
-from holdfast.edits import Capture, Edit, EveryToken
+from holdfast.edits import CaptureAt, Edit, EveryToken
 from holdfast.errors import NonFiniteError
 from holdfast.finding import Finding
 from holdfast.hooks import AttachedEdits
@@ -175,28 +175,34 @@ def cached_difference(subject: Subject, batch: Batch, edits: Sequence[Edit]) -> 
 
     The residuals and not the tokens chosen: these hide whatever is smaller than a margin.
     """
-    last = Site(subject.n_blocks)
-    under, whole = Capture(last), Capture(last)
+    last, n = Site(subject.n_blocks), batch.positions[:, -1:]
+    under = CaptureAt(last, batch.ids, n + torch.arange(N_NEW, device=n.device))
     # The last token made has not been through the model.
     made = subject.generate(batch, (*edits, under), max_new_tokens=N_NEW)[:, :-1]
+    under = under.columns(made.shape[1] + 1)
+    whole = CaptureAt(last, batch.ids, under.positions)
     extended = batch
     for tokens in made.T:
         extended = extended.extended(tokens)
     with torch.no_grad(), AttachedEdits(
         subject.family.blocks_of(subject.model), (*edits, whole)
     ) as attached:  # fmt: skip
-        # Edits see the prompt's own length: what follows it was generated.
-        attached.frame = extended.frame_of(batch)
-        subject.model(
-            input_ids=extended.tokens,
-            attention_mask=extended.mask,
-            position_ids=extended.positions.clamp(min=0),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    new = torch.arange(made.shape[1] + 1, device=batch.positions.device)
-    positions = (batch.positions[:, -1:] + new).to(under.seen[0][1].device)
-    one, other = (capture.at(batch.ids, positions) for capture in (under, whole))
+
+        def forward(rows: Tensor) -> None:
+            own = extended.rows(rows)
+            # Edits see the prompt's own length: what follows it was generated.
+            attached.frame = own.frame_of(batch.rows(rows))
+            subject.model(
+                input_ids=own.tokens,
+                attention_mask=own.mask,
+                position_ids=own.positions.clamp(min=0),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+
+        everyone = torch.arange(len(batch), device=n.device)
+        subject.batching.over("passes", everyone, forward, attached.mark)
+    one, other = under.read, whole.read
     return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).max())
 
 

@@ -121,7 +121,7 @@ class Readings:
 
 def readings(scene: Scene, sae: SAE) -> Readings:
     """Every way this SAE is tried on the scene's residuals."""
-    x = scene.some(scene.captures[sae.site], sae)
+    x = scene.some(scene.residuals[sae.site], sae)
     others = (
         *_sites(scene, sae),
         _centering(sae, x),
@@ -142,7 +142,7 @@ def _sites(scene: Scene, sae: SAE) -> Iterator[Reading]:
             "site",
             f"at {there}",
             sae,
-            scene.some(scene.captures[there], sae),
+            scene.some(scene.residuals[there], sae),
             f"it was trained at {there}: give it that site (resid_post of a block is resid_pre of "
             "the next; hidden_states[i] is what goes into block i)",
         )

@@ -88,7 +88,7 @@ def active(scene: Scene, sae: SAE) -> Iterator[Finding]:
 
 def special_tokens(scene: Scene, sae: SAE) -> Iterator[Finding]:
     """SAEs of base models never saw the tokens of a chat template."""
-    x = scene.some(scene.captures[sae.site], sae, special=True)
+    x = scene.some(scene.residuals[sae.site], sae, special=True)
     if len(x) < MIN_SPECIAL:
         return
     # Against zero and not the mean: a few tokens that repeat have hardly any variance.
@@ -108,7 +108,7 @@ def special_tokens(scene: Scene, sae: SAE) -> Iterator[Finding]:
 
 def gates(scene: Scene, sae: SAE) -> Iterator[Finding]:
     """Firings that depend on how the model's precision rounds."""
-    x, other = (scene.some(c[sae.site], sae) for c in (scene.captures, scene.rounded))
+    x, other = (scene.some(r[sae.site], sae) for r in (scene.residuals, scene.rounded))
     flips = n = 0
     for (_, one), (_, two) in zip(sae.codes(x), sae.codes(other), strict=True):
         fires = one > 0

@@ -1,4 +1,8 @@
-"""What the checks look at: one audit's prompts on one subject, and its residuals, read once."""
+"""What the checks look at: one audit's prompts on one subject, and its residuals, read once.
+
+Of the residuals those tokens are kept that an SAE is tried on, so that what is held does not grow
+with prompts or their lengths.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,12 @@ from torch import Tensor
 
 from holdfast.batch import Batch, Example, Frame
 from holdfast.behaviors import BehaviorKind
-from holdfast.edits import Capture, EveryToken
+from holdfast.edits import EveryToken
 from holdfast.readouts import Readout
 from holdfast.readouts.logits import LOGITS
+from holdfast.running import by_row, joined
 from holdfast.saes.sae import SAE
+from holdfast.saes.stored import StoredSAE
 from holdfast.setting import Data, readout_of
 from holdfast.sites import Site
 from holdfast.subject import Subject
@@ -30,6 +36,20 @@ MIN_TOKENS = 32
 
 EFFORT = 1 << 31
 """Multiplications that one reading of an SAE may take, per matrix."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Residuals of one site. where [b s]: which tokens' x [tokens d_model] are kept, in the model's
+    precision; norm [b s] float32: how long the residual is at every token, 0 at padding."""
+
+    where: Tensor
+    x: Tensor
+    norm: Tensor
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """[n d_model] float32 at tokens [b s], all of them kept."""
+        return self.x[tokens[self.where].to(self.x.device)].float()
 
 
 @dataclass(frozen=True)
@@ -72,10 +92,9 @@ class Scene:
         return tuple(Site(depth) for depth in sorted(depths))
 
     @cached_property
-    def _read(self) -> tuple[Tensor, dict[Site, Capture]]:
-        captures = {site: Capture(site) for site in self.sites}
-        logits = self.subject.outputs(self.batch, tuple(captures.values()))
-        return logits[:, -1], captures
+    def _read(self) -> tuple[Tensor, dict[Site, Sample]]:
+        logits, samples = self._sampled(self.sites)
+        return logits[:, -1], samples
 
     @property
     def logits(self) -> Tensor:
@@ -83,45 +102,70 @@ class Scene:
         return self._read[0]
 
     @property
-    def captures(self) -> dict[Site, Capture]:
+    def residuals(self) -> dict[Site, Sample]:
         """Residuals of `batch` at every site of `sites`, from the same pass."""
         return self._read[1]
 
     @cached_property
-    def rounded(self) -> dict[Site, Capture]:
+    def rounded(self) -> dict[Site, Sample]:
         """The residuals again, with every block's output rounded in another way.
 
         Noise of half a unit in the last place at every site adds up over the blocks as the model's
         own rounding does. On the organism in bfloat16 it changed .9 to 1.9 times as many firings
         as differ from float32 in truth; noise at the SAE's own site alone, .1 to .6 times.
         """
-        captures = {site: Capture(site) for site in self.subject.saes}
-        above = max((site.depth for site in captures), default=0)
-        noise = [Rounding(Site(depth)) for depth in range(above + 1)]
-        self.subject.outputs(self.batch, (*noise, *captures.values()))
-        return captures
+        sites = tuple(self.subject.saes)
+        above = max((site.depth for site in sites), default=0)
+        return self._sampled(sites, [Rounding(Site(depth)) for depth in range(above + 1)])[1]
 
-    def tokens(self, capture: Capture, special: bool = False) -> Tensor:
-        """[tokens d_model] float32: residuals without BOS; only those of the chat template and of
-        special tokens wherever they stand, if `special`."""
-        tokenizer = self.subject.tokenizer
-        ids = torch.as_tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
-        row_of = {example: row for row, example in enumerate(self.batch.ids)}
-        out = []
-        for frame, x in capture.seen:
-            keep = (frame.positions >= 0) & ~((frame.positions == 0) & frame.bos[:, None])
-            if special:
-                rows = [row_of[example] for example in frame.ids]
-                tokens = self.batch.tokens[rows][:, -x.shape[1] :]
-                template = frame.positions >= frame.template[:, None]
-                known = torch.isin(tokens, ids.to(tokens.device))
-                keep &= template | known.to(template.device)
-            out.append(x[keep.to(x.device)])
-        return torch.cat(out).float()
+    def _sampled(
+        self, sites: Sequence[Site], noise: Sequence[Rounding] = ()
+    ) -> tuple[Tensor, dict[Site, Sample]]:
+        """Logits of `batch`, and its residuals at sites."""
+        batch, there = self.batch, self.batch.positions >= 0
+        kept = {site: self._tried_at(site) for site in sites}
+        row_of = {example: row for row, example in enumerate(batch.ids)}
 
-    def some(self, capture: Capture, sae: SAE, special: bool = False) -> Tensor:
-        """`tokens` on the SAE's device, as many as it can be tried on, spread evenly."""
-        return spread(self.tokens(capture, special), sae).to(sae.W_enc.device)
+        def read(site: Site, frame: Frame, x: Tensor) -> Tensor:
+            rows = [row_of[example] for example in frame.ids]
+            return x[kept[site][rows][:, -x.shape[1] :].to(x.device)]
+
+        tokens = {site: by_row(site, partial(read, site)) for site in sites}
+        norms = {site: by_row(site, _norms) for site in sites}
+        logits = self.subject.outputs(batch, (*noise, *tokens.values(), *norms.values()))
+        samples = {}
+        for site in sites:
+            norm = torch.zeros(there.shape, device=batch.positions.device)
+            norm[there] = joined(norms[site], norm.device)
+            samples[site] = Sample(kept[site], torch.cat(tokens[site].state), norm)
+        return logits, samples
+
+    def _tried_at(self, site: Site) -> Tensor:
+        """[b s] bool: tokens of a site that its SAE is tried on, or those of the sites beside."""
+        kept = torch.zeros_like(self.batch.positions, dtype=torch.bool)
+        for own, sae in self.subject.saes.items():
+            if abs(own.depth - site.depth) <= 1:
+                kept |= self._tried(sae)
+            if own == site:
+                kept |= self._tried(sae, special=True)
+        return kept
+
+    def _tried(self, sae: SAE | StoredSAE, special: bool = False) -> Tensor:
+        """[b s] bool: tokens an SAE is tried on, as many as it can be, spread evenly. None is BOS;
+        only those of the chat template and special tokens wherever they stand, if `special`."""
+        batch = self.batch
+        keep = (batch.positions >= 0) & ~((batch.positions == 0) & batch.bos[:, None])
+        if special:
+            ids = torch.as_tensor(sorted(self.subject.tokenizer.all_special_ids), dtype=torch.long)
+            known = torch.isin(batch.tokens, ids.to(batch.tokens.device))
+            keep &= (batch.positions >= batch.template[:, None]) | known
+        tried = torch.zeros_like(keep)
+        tried.view(-1)[spread(keep.flatten().nonzero().flatten(), sae)] = True
+        return tried
+
+    def some(self, sample: Sample, sae: SAE, special: bool = False) -> Tensor:
+        """[tokens d_model] float32 of the tokens that an SAE is tried on, on its device."""
+        return sample.of(self._tried(sae, special)).to(sae.W_enc.device)
 
     def fired(self, site: Site) -> Tensor:
         """[n_features] share of tokens on which each feature of the site's SAE fires.
@@ -130,10 +174,15 @@ class Scene:
         """
         if site not in self._fired:
             sae = self.subject.sae(site).full()
-            x = self.some(self.captures[site], sae)
+            x = self.some(self.residuals[site], sae)
             counts = torch.cat([(z > 0).sum(0) for _, z in sae.codes(x)])
             self._fired[site] = counts / len(x)
         return self._fired[site]
+
+
+def _norms(frame: Frame, x: Tensor) -> Tensor:
+    """[tokens] how long residuals are."""
+    return x[frame.positions >= 0].float().norm(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -161,8 +210,8 @@ def set_scene(
     return Scene(subject, behavior, drawn, ignorant, fitted)
 
 
-def spread(x: Tensor, sae: SAE) -> Tensor:
-    """At most as many rows of x [tokens d_model] as `EFFORT` allows, spread evenly."""
+def spread(x: Tensor, sae: SAE | StoredSAE) -> Tensor:
+    """At most as many rows of x [tokens ...] as `EFFORT` allows, spread evenly."""
     n = min(N_TOKENS, max(MIN_TOKENS, EFFORT // (sae.n_features * sae.d_model)))
     return x if len(x) <= n else x[spread_rows(len(x), n).to(x.device)]
 

@@ -213,10 +213,19 @@ class SAE:
 
     def codes(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """A block of features after the other, all of them: which, and z [... m] of residuals x
-        [... d_model]. So that every column is cast once, whatever the tokens."""
-        kth = self.kth(x)
-        for own in self.blocks(x.shape[:-1].numel()):
-            yield own, self.encode(x, own, kth)
+        [... d_model], without gradients. So that every column is cast, and met by every residual,
+        once: of a TopK the codes that can be are kept until the last column has said which are."""
+        blocks = list(self.blocks(x.shape[:-1].numel()))
+        if self.k is None or len(blocks) == 1:
+            for own in blocks:
+                yield own, self.encode(x, own)
+            return
+        p, ids = largest((self.preactivations(x, own) for own in blocks), self.k)
+        z = self._activated(p, kth_limit(p, self.k), ids)
+        for own in blocks:
+            inside = (ids >= own.start) & (ids < own.stop)
+            codes = z.new_zeros(*z.shape[:-1], own.stop - own.start)
+            yield own, codes.scatter_add_(-1, (ids - own.start) * inside, z * inside)
 
     def encode(
         self,
@@ -235,6 +244,10 @@ class SAE:
                 kth = kth_limit(p, self.k) if everything else self.kth(x)
             assert kth is not None
             limit = kth
+        return self._activated(p, limit, own)
+
+    def _activated(self, p: Tensor, limit: Tensor, own: list[int] | slice | Tensor) -> Tensor:
+        """The codes of pre-activations p of the features `own`."""
         magnitude = p
         if self.gain is not None and self.offset is not None:
             magnitude = self.gain[own] * p + self.offset[own]
@@ -316,16 +329,26 @@ def pieces_of(d_model: int, n_features: int, n_tokens: int) -> Iterator[range]:
         yield range(own.start, own.stop)
 
 
-@torch.no_grad()
 def kth_of(preactivations: Iterable[Tensor], k: int) -> Tensor:
-    """`kth_limit` of pre-activations that come some features [... m] at a time: of what came so far
-    the k+1 largest are kept."""
-    top: Tensor | None = None
+    """`kth_limit` of pre-activations that come some features [... m] at a time."""
+    return kth_limit(largest(preactivations, k)[0], k)
+
+
+@torch.no_grad()
+def largest(preactivations: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """[... k+1] the largest of pre-activations that come some features [... m] at a time, and which
+    they are: of what came so far these are kept."""
+    begins, kept = 0, None
     for p in preactivations:
-        both = p if top is None else torch.cat([top, p], -1)
-        top = both.topk(min(k + 1, both.shape[-1]), dim=-1).values
-    assert top is not None, "an SAE has features"
-    return kth_limit(top, k)
+        values, ids = p.topk(min(k + 1, p.shape[-1]), dim=-1)
+        ids, begins = ids + begins, begins + p.shape[-1]
+        if kept is not None:
+            values, ids = (torch.cat(both, -1) for both in zip(kept, (values, ids), strict=True))
+            values, place = values.topk(min(k + 1, values.shape[-1]), dim=-1)
+            ids = ids.gather(-1, place)
+        kept = values, ids
+    assert kept is not None, "an SAE has features"
+    return kept
 
 
 def guarantee_of(inputs: Inputs, k: int | None) -> Guarantee:
