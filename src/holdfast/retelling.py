@@ -69,7 +69,10 @@ def choose(made: Plan, store: RunFolder, of: str | None) -> Trial:
     """
     judged, names = _judged(made, store), judged_audits(made, store)
     if not judged:
-        raise UnknownNameError(f"{store.path}: no finished audit here judges replies")
+        raise UnknownNameError(
+            f"{store.path}: no finished audit here judges replies; a sheet is of what judges said "
+            "of generated answers, as in audits of the behavior refusal"
+        )
     if of is None and len(names) > 1:
         raise UnknownNameError(
             f"{store.path}: several audits judge replies; name one with --of: {', '.join(names)}"
