@@ -13,7 +13,6 @@ from torch import Tensor
 
 from holdfast.bounded import Bounded
 from holdfast.parts import EXACT, Split
-from holdfast.subspace import NullSpace
 from holdfast.variants import PathSpec, Performed, Recovered, Variant
 
 NOBODY, EVERYBODY = "nothing", "all"
@@ -112,7 +111,7 @@ def of_undo(found: Recovered) -> list[Variant]:
         if bank is None:
             spanned.append(torch.zeros_like(delta))
         else:
-            rows = NullSpace.of(bank.W_dec.mT, bank.valid, bank.slices(frame))
+            rows = bank.decoder_null(frame)
             spanned.append(delta - rows.retract(delta))
         back = problem.replay.unclamped[site] - problem.replay.reference[site]
         size = back.square().sum(-1, keepdim=True)

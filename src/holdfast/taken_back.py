@@ -14,7 +14,6 @@ from holdfast.full_pass import FullPass
 from holdfast.held_features import square
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
-from holdfast.subspace import NullSpace
 
 
 def taken_back(
@@ -34,7 +33,7 @@ def taken_back(
         there = there + square(back)
         if site in held:
             bank = held[site]
-            rows = NullSpace.of(bank.W_dec.mT, bank.valid, bank.slices(frame))
+            rows = bank.decoder_null(frame)
             outside = rows.retract(perturbation.deltas[site]).double().cpu()
             inside = inside + square(delta - outside)
     norm = perturbation.norm.cpu()

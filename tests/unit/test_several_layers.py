@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdfast import subspace
 from holdfast.batch import Batch
 from holdfast.constraints import ConstraintKind
 from holdfast.constraints.encoder_null import EncoderNull
@@ -18,6 +19,7 @@ from holdfast.constraints.feature_hold import FeatureHold
 from holdfast.constraints.gradient_projection import GradientProjection
 from holdfast.constraints.in_place import SLACK
 from holdfast.constraints.unconstrained import Unconstrained
+from holdfast.constraints.undo_null import UndoNull
 from holdfast.edits import Capture, FeatureEdit, Perturbation
 from holdfast.errors import ConstraintError
 from holdfast.features import FeatureSet, SiteFeatures
@@ -151,6 +153,28 @@ def test_feature_hold_holds_every_layer_after_the_whole_search(
     assert both.any()
     assert (found.smallest_norm[both] >= free.smallest_norm[both] * 0.95).all(), (
         "the held set lies in the free one"
+    )
+
+
+def test_the_columns_of_a_site_are_factored_once(
+    deep: Subject, prompts: Batch, clamps: tuple[FeatureEdit, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many constraints hold them, steps are taken, and recoveries verified."""
+    factored: list[int] = []
+    factor = subspace.orthonormal_basis
+
+    def factoring(own: Tensor) -> Tensor:
+        factored.append(own.shape[1])
+        return factor(own)
+
+    monkeypatch.setattr(subspace, "orthonormal_basis", factoring)
+    fresh = {site: FeatureBank.of(deep.sae(site), FEATURES) for site in SITES}
+    problem = posed(deep, prompts, fresh, clamps)
+    for kind in (FeatureHold(), UndoNull(), FeatureHold()):
+        found = searched(problem, kind, steps=2)
+        checked(problem, found, clamps)
+    assert sorted(factored) == sorted(2 * [len(ids) for ids in IDS.values()]), (
+        "encoder columns and decoder rows"
     )
 
 

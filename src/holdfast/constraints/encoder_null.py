@@ -32,4 +32,4 @@ class EncoderNull(ConstraintKind):
     def feasible(self, problem: Problem) -> NullSpace:
         held = only_site(problem, self.kind)
         check_affine(problem, self.kind)
-        return NullSpace.of(held.W_enc, held.valid, held.slices(problem.replay.frame))
+        return held.encoder_null(problem.replay.frame)

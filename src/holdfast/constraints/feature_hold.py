@@ -22,10 +22,4 @@ class FeatureHold(HoldingKind):
     kind: Literal["feature_hold"] = "feature_hold"
 
     def space(self, problem: Problem, site: Site) -> NullSpace:
-        return encoder_space(problem, site)
-
-
-def encoder_space(problem: Problem, site: Site) -> NullSpace:
-    """The null space of the encoder columns held at a site."""
-    held = problem.held[site]
-    return NullSpace.of(held.W_enc, held.valid, held.slices(problem.replay.frame))
+        return problem.held[site].encoder_null(problem.replay.frame)

@@ -32,9 +32,9 @@ MAX_ROUNDS = 4
 asks whether it fits, which runs the blocks between the sites each time. Of 4,300 iterates of
 searches over three layers of the organism that did not fit, 54 needed the fourth and 4 a fifth."""
 
-SLOPE = 0.8
+SLOPE, MORE = 0.8, 0.1
 """By how much the logarithm of an iterate's norm is expected to fall for each unit by which that of
-its scale does; then it is measured."""
+its scale does, until it is measured; and how much further than by its excess it is scaled then."""
 
 INSIDE = 0.003
 """How far inside its ball an iterate is aimed once its first scaling did not do."""
@@ -70,13 +70,18 @@ class HoldingKind(ConstraintKind):
 
     def feasible(self, problem: Problem) -> FeasibleSet:
         self.check(problem)
-        spaces = [self.space(problem, site) for site in problem.moved]
         if _direct(problem):
-            return spaces[0]
+            return self.space(problem, problem.moved[0])
+        spaces = [self._acting_space(problem, site) for site in problem.moved]
         n, _, d = problem.shape
         everything = torch.full((n,), d, device=problem.goal.device)
         free = torch.stack([everything, *(space.dimension for space in spaces)]).amin(0)
         return HeldInPlace(problem.replay, free)
+
+    def _acting_space(self, problem: Problem, site: Site) -> _Set:
+        """What already acts in the pass is not made again."""
+        hold = problem.replay.hold.get(site)
+        return hold.space if isinstance(hold, Nearest) else self.space(problem, site)
 
     def check(self, problem: Problem) -> None:
         """Raise ConstraintError where the constraint could not keep its promise."""
@@ -106,6 +111,9 @@ def _direct(problem: Problem) -> bool:
 
 
 class _Set(Protocol):
+    @property
+    def dimension(self) -> Tensor: ...
+
     def rows(self, rows: Tensor) -> _Set: ...
 
     def retract(self, delta: Tensor) -> Tensor: ...
@@ -168,7 +176,10 @@ class HeldInPlace:
             over = excess > SLACK
             if not perhaps(over):
                 return kept
-            shrink = (excess.clamp_min(0) + (INSIDE if attempt else 0)) / slope
+            beyond = excess.clamp_min(0) + (INSIDE if attempt else 0)
+            shrink = beyond / slope
+            if attempt == 0:
+                shrink = shrink.clamp_max(beyond + MORE)
             shrunk = self.retract(kept * (-shrink).exp()[:, None, None])
             left = _excess(shrunk, radius)
             slope = torch.where(over, ((excess - left) / shrink).clamp(0.25, 1), slope)

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.constraints.feature_hold import encoder_space
 from holdfast.constraints.in_place import HoldingKind
 from holdfast.problem import Problem
 from holdfast.sites import Site
@@ -55,7 +54,7 @@ class UndoNull(HoldingKind):
     kind: Literal["undo_null"] = "undo_null"
 
     def space(self, problem: Problem, site: Site) -> WithoutUndo:
-        space = encoder_space(problem, site)
+        space = problem.held[site].encoder_null(problem.replay.frame)
         back = problem.replay.unclamped[site] - problem.replay.reference[site]
         undo = space.retract(back)
         # What rounding leaves of a displacement within the encoder's span is no direction.

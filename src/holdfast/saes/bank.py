@@ -7,6 +7,7 @@ the widest with features that never fire. Only TopK needs the rest of the SAE: f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from holdfast.saes.rivals import Rivals
 from holdfast.saes.sae import SAE, Guarantee, activate, guarantee_of
 from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
+from holdfast.subspace import NullSpace
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,27 @@ class FeatureBank:
         """values [g k] as [b 1 k] (or [1 1 k] with one slice): each row's own."""
         slices = self.slices(frame)
         return values[:, None] if len(self.index) == 1 else values[slices][:, None]
+
+    def encoder_null(self, frame: Frame) -> NullSpace:
+        """What moves none of the features: the orthogonal complement of their encoder columns, row
+        by row. Factored once, whichever constraints and measurements ask."""
+        return replace(self._encoder_null, slice_of=self.slices(frame))
+
+    def decoder_null(self, frame: Frame) -> NullSpace:
+        """What is orthogonal to everything that the features write, row by row; factored once."""
+        return replace(self._decoder_null, slice_of=self.slices(frame))
+
+    @cached_property
+    def _encoder_null(self) -> NullSpace:
+        return NullSpace.of(self.W_enc, self.valid, self._every)
+
+    @cached_property
+    def _decoder_null(self) -> NullSpace:
+        return NullSpace.of(self.W_dec.mT, self.valid, self._every)
+
+    @property
+    def _every(self) -> Tensor:
+        return torch.arange(len(self.ids), device=self.W_enc.device)
 
     def preactivations(self, x: Tensor, frame: Frame) -> Tensor:
         """p [b s k] of x [b s d], in the dtype of x but at least float32; 0 for padding."""
