@@ -29,8 +29,8 @@ SLACK = 1e-4
 
 MAX_ROUNDS = 4
 """Times that an iterate is scaled towards its ball and retracted again: as many are where nobody
-asks whether it fits, which runs the blocks between the sites each time. Of 4,300 iterates of
-searches over three layers of the organism that did not fit, 54 needed the fourth and 4 a fifth."""
+asks whether it fits, which runs the blocks between the sites each time. Of 4,500 iterates of
+searches over three layers of the organism that did not fit, 50 needed the fourth and 5 a fifth."""
 
 SLOPE, MORE = 0.8, 0.1
 """By how much the logarithm of an iterate's norm is expected to fall for each unit by which that of
