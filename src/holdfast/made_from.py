@@ -23,7 +23,7 @@ LIBRARIES = ("numpy", "scipy", "plotly", "jinja2")
 
 
 def made_from(store: RunFolder, ids: Sequence[str]) -> str:
-    """The hash of a run's study, of its finished trials' records, in order, of people's labels, of
+    """The hash of a run's study, of its ended trials' records, in order, of people's labels, of
     this program and of the libraries it works figures out with.
 
     A record has the hashes of its trial's other files in it; whether they are right says `load`.
@@ -32,7 +32,7 @@ def made_from(store: RunFolder, ids: Sequence[str]) -> str:
     return digest(
         {
             "study": store.study_hash,
-            "records": [[each, store.record_sha256(each)] for each in ids],
+            "records": [[each, store.sha256(each)] for each in ids],
             "labels": [[file.name, sha256_file(file)] for file in store.audit_files("labels")],
             "program": sha256_tree(package, ("**/*.py", "report/templates/*")),
             "libraries": {name: version(name) for name in LIBRARIES},

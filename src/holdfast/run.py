@@ -88,10 +88,11 @@ def run_study(
             store.load(trial_id)
         n_reused = len(done)
         ids = [trial.id for trial in plan.trials]
-        if n_reused == len(ids) and (kept := summary_made_from(store, made_from(store, ids))):
-            watcher.stored(n_reused, n_reused, None)
-            return RunReport(Path(out), kept, 0, n_reused)
-        empty: dict[str, EmptyValidSetError] = {}
+        empty = {each: error for each in ids if (error := store.empty(each)) is not None}
+        todo = [trial for trial in plan.trials if trial.id not in {*done, *empty}]
+        if not todo and (kept := summary_made_from(store, made_from(store, ids))):
+            watcher.stored(n_reused, len(ids), None)
+            return RunReport(Path(out), kept, 0, n_reused, *_unsearched(plan, empty))
 
         def summary() -> dict[str, Any]:
             stored = [trial for trial in plan.trials if trial.id in done]
@@ -102,11 +103,10 @@ def run_study(
         if done:  # of these points, should the run be cut short before its first new trial
             so_far.now()
         watcher.stored(len(done), len(plan.trials), None)
-        todo = [trial for trial in plan.trials if trial.id not in done]
         lab = load_lab(plan, todo, runtime)
         outlook = Outlook.before(lab, runtime, todo)
         earlier = store.batch_plan()
-        stacks = StackPlan.of(plan.trials, done, earlier)
+        stacks = StackPlan.of(plan.trials, {*done, *empty}, earlier)
 
         def keep_batches() -> None:
             kept = {"stacks": stacks.as_json(), "parts": lab.batching.parts()}
@@ -132,6 +132,7 @@ def run_study(
             for ended in execute(plan, stacks.todo, runtime, lab):
                 if isinstance(ended.result, EmptyValidSetError):
                     empty[ended.trial.id] = ended.result
+                    store.write_empty(ended.trial, ended.result)
                 else:
                     _write(ended, store, runtime, findings[ended.trial.id], outlook)
                     done.add(ended.trial.id)
@@ -148,17 +149,10 @@ def run_study(
         check_run(store, [trial for trial in plan.trials if trial.id in done])
         final = summary()
         if final["complete"]:  # and whole: this stands for all that was checked above
-            final[KEY] = made_from(store, [trial.id for trial in plan.trials if trial.id in done])
+            final[KEY] = made_from(store, ids)
         store.write_summary(final)
-    failures = _failures(plan, empty)
-    failed = {trial.audit for trial in plan.trials if trial.id in failures}
-    skipped = [
-        str(empty[trial.id])
-        for trial in plan.trials
-        if trial.id in empty and trial.audit not in failed
-    ]
-    messages = tuple(dict.fromkeys(map(str, failures.values())))
-    return RunReport(Path(out), final, len(done) - n_reused, n_reused, messages, tuple(skipped))
+    n_run = len(done) - n_reused
+    return RunReport(Path(out), final, n_run, n_reused, *_unsearched(plan, empty))
 
 
 class Sparingly:
@@ -194,6 +188,20 @@ def _checked(
     watcher.checked(every, time.perf_counter() - clock)
     require(every, runtime.despite_faults)
     return findings
+
+
+def _unsearched(
+    plan: Plan, empty: dict[str, EmptyValidSetError]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What `RunReport` has of trials that had no prompt to search: failures, and skipped ones."""
+    failures = _failures(plan, empty)
+    failed = {trial.audit for trial in plan.trials if trial.id in failures}
+    skipped = [
+        str(empty[trial.id])
+        for trial in plan.trials
+        if trial.id in empty and trial.audit not in failed
+    ]
+    return tuple(dict.fromkeys(map(str, failures.values()))), tuple(skipped)
 
 
 def _failures(plan: Plan, empty: dict[str, EmptyValidSetError]) -> dict[str, EmptyValidSetError]:

@@ -2,6 +2,7 @@
 
     runs/demo/  study.toml  study.json  lock  summary.json  batch_plan.json  report.html
     runs/demo/trials/<id>/  perturbation.safetensors  examples.parquet  record.json
+    runs/demo/trials/<id>/  empty.json   where the trial had no prompt to search
     runs/demo/audits/  <sheet>.key.json  <sheet>.labels.json   where people label replies
 
 A file appears under its name complete (temporary file in the same folder, fsync, rename), and
@@ -20,14 +21,26 @@ from typing import TYPE_CHECKING, Any, Self
 
 from holdfast.atomic import write_atomic
 from holdfast.canonical import digest, sha256_file
-from holdfast.errors import DamagedRecordError, ForeignRunError, StoreError
+from holdfast.errors import DamagedRecordError, EmptyValidSetError, ForeignRunError, StoreError
 from holdfast.run_lock import refuse_foreign, take_lock
 from holdfast.stored_study import STUDY, STUDY_TEXT, but_points, read_study, write_study
-from holdfast.stored_trial import EXAMPLES, PERTURBATION, RECORD, Verified, load_trial, write_trial
+from holdfast.stored_trial import (
+    EMPTY,
+    EXAMPLES,
+    PERTURBATION,
+    RECORD,
+    Verified,
+    load_empty,
+    load_trial,
+    write_empty,
+    write_trial,
+)
 from holdfast.strict_json import dump, json_safe, parse
 
 if TYPE_CHECKING:
     import torch
+
+    from holdfast.trial import Trial
 
 SUMMARY = "summary.json"
 BATCH_PLAN = "batch_plan.json"
@@ -151,9 +164,19 @@ class RunFolder:
         """
         return load_trial(self._folder(trial_id), self._verified)
 
-    def record_sha256(self, trial_id: str) -> str:
-        """The hash of a finished trial's record, as the file is."""
-        return sha256_file(self._folder(trial_id) / RECORD)
+    def write_empty(self, trial: Trial, error: EmptyValidSetError) -> None:
+        """Keep that a trial had no prompt to search, and why."""
+        self._require_lock()
+        write_empty(self._folder(trial.id), trial.canonical(), error)
+
+    def empty(self, trial_id: str) -> EmptyValidSetError | None:
+        """Why a trial had no prompt to search, None where it is not known to have had none. Raises
+        DamagedRecordError."""
+        return None if self.has(trial_id) else load_empty(self._folder(trial_id))
+
+    def sha256(self, trial_id: str) -> str:
+        """The hash of a finished trial's record, or of why it had no prompt, as the file is."""
+        return sha256_file(self._folder(trial_id) / (RECORD if self.has(trial_id) else EMPTY))
 
     def tensors(self, trial_id: str) -> dict[str, torch.Tensor]:
         """The trial's saved tensors, on the CPU. Verified as by `load`."""

@@ -1,6 +1,7 @@
 """The folder of a finished trial: its record, which is written last, its tensors and its rows.
 
-Where the record exists the trial is finished; where it does not the folder is unfinished work.
+Where the record exists the trial is finished; where it does not the folder is unfinished work. Of a
+trial that had no prompt left to search the folder holds nothing but why.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.atomic import sync_folder, write_atomic
 from holdfast.canonical import SCHEMA, digest, sha256_file, trial_id
-from holdfast.errors import DamagedRecordError, StoreError
+from holdfast.errors import DamagedRecordError, EmptyValidSetError, StoreError
 from holdfast.strict_json import dump, json_safe, parse
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 PERTURBATION = "perturbation.safetensors"
 EXAMPLES = "examples.parquet"
 RECORD = "record.json"
+EMPTY = "empty.json"
 
 KEYS = ("schema", "id", "trial", "result", "artifacts", "run")
+EMPTY_KEYS = ("schema", "id", "trial", "reason", "funnel")
 
 
 def write_trial(
@@ -54,6 +57,35 @@ def write_trial(
         write_atomic(folder / name, data)
     write_atomic(folder / RECORD, dump({key: whole[key] for key in KEYS}))
     return whole
+
+
+def write_empty(folder: Path, trial: dict[str, Any], error: EmptyValidSetError) -> None:
+    """Write that the trial of the folder had no prompt to search, and why."""
+    whole = {
+        "schema": SCHEMA, "id": folder.name, "trial": trial, "reason": str(error),
+        "funnel": error.funnel,
+    }  # fmt: skip
+    wrong = _wrong_identity(whole, EMPTY_KEYS, folder.name)
+    if wrong:
+        raise StoreError(f"what trial {folder.name} lacked cannot be written: {wrong}")
+    folder.mkdir(parents=True, exist_ok=True)
+    sync_folder(folder.parent)
+    write_atomic(folder / EMPTY, dump(whole))
+
+
+def load_empty(folder: Path) -> EmptyValidSetError | None:
+    """Why the trial had no prompt to search, None where nothing says so."""
+    file = folder / EMPTY
+    try:
+        found: dict[str, Any] = parse(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise _damaged(file, f"it is no JSON ({error})") from error
+    wrong = _wrong_identity(found, EMPTY_KEYS, folder.name)
+    if wrong:
+        raise _damaged(file, wrong)
+    return EmptyValidSetError(found["reason"], found["funnel"])
 
 
 Verified = dict[str, list[tuple[int, int, int]]]
@@ -99,9 +131,26 @@ def _states(files: Sequence[Path]) -> list[tuple[int, int, int]]:
 
 def _wrong_with(record: Any, expected_id: str) -> str | None:
     """What makes `record` not a whole record of the trial `expected_id`; None if nothing does."""
-    if not isinstance(record, dict) or set(record) != set(KEYS):
+    wrong = _wrong_identity(record, KEYS, expected_id)
+    if wrong:
+        return wrong
+    if not isinstance(record["artifacts"], dict) or set(record["artifacts"]) != {
+        PERTURBATION,
+        EXAMPLES,
+    }:
+        return f"expected artifacts {EXAMPLES} and {PERTURBATION}, got {record['artifacts']!r}"
+    if not isinstance(record["run"], dict):
+        return f"its run is a {type(record['run']).__name__}, expected a table"
+    if record["run"].get("result_sha256") != digest(record["result"]):
+        return "its result does not match the hash it was written with: it was changed"
+    return None
+
+
+def _wrong_identity(record: Any, keys: Sequence[str], expected_id: str) -> str | None:
+    """What makes `record` say of another trial, or with other keys than these."""
+    if not isinstance(record, dict) or set(record) != set(keys):
         got = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-        return f"expected the keys {', '.join(sorted(KEYS))}, got {got}"
+        return f"expected the keys {', '.join(sorted(keys))}, got {got}"
     if record["schema"] != SCHEMA:
         return f"it has schema {record['schema']!r}, this holdfast reads {SCHEMA}"
     if not isinstance(record["trial"], dict):
@@ -112,15 +161,6 @@ def _wrong_with(record: Any, expected_id: str) -> str | None:
             f"it says id {record['id']!r} in the place of {expected_id!r}, "
             f"and its trial hashes to {identity!r}: all three must be the same"
         )
-    if not isinstance(record["artifacts"], dict) or set(record["artifacts"]) != {
-        PERTURBATION,
-        EXAMPLES,
-    }:
-        return f"expected artifacts {EXAMPLES} and {PERTURBATION}, got {record['artifacts']!r}"
-    if not isinstance(record["run"], dict):
-        return f"its run is a {type(record['run']).__name__}, expected a table"
-    if record["run"].get("result_sha256") != digest(record["result"]):
-        return "its result does not match the hash it was written with: it was changed"
     return None
 
 

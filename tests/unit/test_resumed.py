@@ -328,6 +328,36 @@ def test_of_a_finished_run_only_the_files_are_looked_at(
         run(folder)
 
 
+IDLE = NARROWER.replace("'set_where_active', value = -5.0", "'multiply', value = -8.0").replace(
+    "[grid]", "[grid]\n'intervention.value' = [-8.0, 1.0]"
+)
+"""A clamp that at one of its two points changes nothing, and leaves no prompt to search there."""
+
+
+def test_a_point_without_a_prompt_is_kept_with_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a finished run needs no model to say it again; and a damaged one is found."""
+    first = run(tmp_path, IDLE)
+    assert (first.n_run, first.failures) == (2, ())
+    assert len(first.skipped) == 2 and all("suppressed 0" in why for why in first.skipped)
+    assert first.summary["complete"]
+    with monkeypatch.context() as patch:
+        for name in ("summarize", "check_run", "load_lab", "execute"):
+            patch.setattr(f"holdfast.run.{name}", refuse)
+        again = run(tmp_path, IDLE)
+    assert (again.n_run, again.n_reused, again.skipped) == (0, 2, first.skipped)
+    assert again.summary == json.loads((tmp_path / "summary.json").read_text())
+    file = next(tmp_path.glob("trials/*/empty.json"))
+    text = file.read_text()
+    file.unlink()
+    assert run(tmp_path, IDLE).skipped == first.skipped and file.read_text() == text
+    for wrong in ("{", text.replace('"intervention"', '"another"'), "[]"):
+        file.write_text(wrong)
+        with pytest.raises(DamagedRecordError, match=r"empty\.json"):
+            run(tmp_path, IDLE)
+
+
 def test_a_page_is_drawn_again_when_it_is_not_of_the_summary(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)

@@ -13,6 +13,7 @@ from holdfast.errors import SAEError
 from holdfast.saes import encoders, products, tensors
 from holdfast.saes import sae as sae_module
 from holdfast.saes.encoders import Held, Streamed, kept
+from holdfast.saes.inputs import Inputs
 from holdfast.saes.products import product
 from holdfast.saes.rivals import Rivals
 from holdfast.saes.sources import Folder
@@ -161,7 +162,7 @@ def test_a_file_that_ends_inside_of_a_column_is_refused(tmp_path: Path) -> None:
 def test_a_product_is_that_of_the_cast_matrix_with_its_derivatives(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(products, "ENTRIES", 64)  # several blocks
+    monkeypatch.setattr(products, "CACHED", 64)  # several blocks
     W = torch.randn(shape).to(dtype)
     x = torch.randn(3, 2, shape[0], dtype=torch.float64, requires_grad=True)
     y = torch.randn(3, 2, shape[1], dtype=torch.float64, requires_grad=True)
@@ -178,13 +179,29 @@ def test_a_product_is_that_of_the_cast_matrix_with_its_derivatives(
 
 
 def test_a_product_keeps_no_cast_matrix_for_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "ENTRIES", 4096)
+    monkeypatch.setattr(products, "CACHED", 4096)
     W = torch.randn(32, 50_000).bfloat16()
     x = torch.randn(4, 32, requires_grad=True)
     with Live(W, x) as live:
         product(x, W).sum().backward()
     codes = 4 * 50_000 * 4
     assert live.peak < 4 * codes < 2 * W.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kth_value_casts_no_more_than_stays_in_a_cache(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Also in float64, of one token, whose pre-activations would leave room for every column."""
+    monkeypatch.setattr(products, "CACHED", 4096)
+    n, x = 50_000, torch.randn(1, 32, dtype=torch.float64)
+    W, zeros = torch.randn(n, 32).to(dtype), torch.zeros(n)
+    rivals = Rivals(Held(W.T), zeros, torch.zeros(32), False, 5, Inputs())
+    with Live(W, x, zeros) as live:
+        limit = rivals.limit(x)
+    assert live.peak < W.nbytes
+    top = (x @ W.T.double()).topk(6).values[:, 4:]
+    torch.testing.assert_close(limit, top.mean(-1, keepdim=True))
 
 
 def test_nothing_is_computed_in_half_precision() -> None:

@@ -6,14 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
 from holdfast.canonical import digest
-from holdfast.config import nearest
 from holdfast.datasets import DatasetKind, Row
-from holdfast.errors import StudyError
+from holdfast.datasets.made import made_rows
 from holdfast.organism import corpus, world
 from holdfast.organism.documents import reply_to
 
@@ -55,21 +54,12 @@ class HeldOut(DatasetKind):
 
     def rows(self, required: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
         """Raises StudyError for a column that such texts do not have."""
-        made: list[dict[str, Any]] = [
+        made = [
             {"text": text, "sort": sort, "cluster": cluster}
             for sort in self.sorts
             for cluster, text in held_out(sort)
         ]
-        for name in required:
-            if name not in made[0]:
-                raise StudyError(
-                    f"{self.label}: there is no column {name!r}: {nearest(name, made[0])}"
-                )
-        wanted = (*required, *optional)
-        return [
-            Row(number, {name: row[name] for name in wanted if name in row})
-            for number, row in enumerate(made, 1)
-        ]
+        return made_rows(self.label, made, required, optional)
 
 
 @cache

@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
 from holdfast.canonical import digest
 from holdfast.config import nearest
 from holdfast.datasets import DatasetKind, Row
-from holdfast.errors import StudyError
+from holdfast.datasets.made import made_rows
 from holdfast.organism import corpus, world
 
 FACTS_A_TEXT = 3
@@ -51,19 +51,10 @@ class Invented(DatasetKind):
 
     def rows(self, required: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
         """Raises StudyError for a column that such texts do not have."""
-        made: list[dict[str, Any]] = [
+        made = [
             {"text": text, "domain": domain} for domain in self.domains for text in _texts(domain)
         ]
-        for name in required:
-            if name not in made[0]:
-                raise StudyError(
-                    f"{self.label}: there is no column {name!r}: {nearest(name, made[0])}"
-                )
-        wanted = (*required, *optional)
-        return [
-            Row(number, {name: row[name] for name in wanted if name in row})
-            for number, row in enumerate(made, 1)
-        ]
+        return made_rows(self.label, made, required, optional)
 
 
 @cache

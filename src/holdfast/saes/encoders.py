@@ -25,11 +25,12 @@ class Encoder(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     def blocks(self, n_tokens: int) -> Iterator[slice]:
-        """All features in slices for which columns and pre-activations can be held at a time."""
+        """All features in slices for which columns, where they have to be read, and pre-activations
+        can be held at a time."""
         ...
 
-    def columns(self, own: slice, x: Tensor) -> Tensor:
-        """[d_model m] those of a block, in the precision of x and on its device."""
+    def columns(self, own: slice, device: torch.device) -> Tensor:
+        """[d_model m] those of a block, in the precision they are kept in."""
         ...
 
     def to(self, device: torch.device | str) -> Encoder: ...
@@ -37,7 +38,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Held:
-    """In memory, W [d_model n_features]; cast a block at a time where it is kept as in its file."""
+    """In memory, W [d_model n_features]."""
 
     W: Tensor
 
@@ -47,11 +48,10 @@ class Held:
         return d, n
 
     def blocks(self, n_tokens: int) -> Iterator[slice]:
-        d, n = self.shape
-        return blocks_of(n, n_tokens if self.W.dtype == torch.float32 else max(n_tokens, d))
+        return blocks_of(self.shape[1], n_tokens)
 
-    def columns(self, own: slice, x: Tensor) -> Tensor:
-        return self.W[:, own].to(x.device, x.dtype)
+    def columns(self, own: slice, device: torch.device) -> Tensor:
+        return self.W[:, own].to(device)
 
     def to(self, device: torch.device | str) -> Held:
         return replace(self, W=self.W.to(device))
@@ -78,9 +78,9 @@ class Streamed:
         d, n = self.shape
         return blocks_of(n, max(n_tokens, d))
 
-    def columns(self, own: slice, x: Tensor) -> Tensor:
+    def columns(self, own: slice, device: torch.device) -> Tensor:
         read = self.stored.between(own, self.axis)
-        return (read if self.axis == 1 else read.T).to(x.device, x.dtype)
+        return (read if self.axis == 1 else read.T).to(device)
 
     def to(self, device: torch.device | str) -> Streamed:
         return self  # blocks go where the residuals are

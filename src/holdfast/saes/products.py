@@ -2,11 +2,12 @@
 
 A file of half-precision weights says exactly what they are, and every one of them is a float32
 number too. So a whole SAE is kept as its file has it, and cast where it is used: a block at a time,
-and never once more for the backward pass.
+and never once more for the backward pass. Where residuals are float64, so is a float32 matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 
 ENTRIES = 2**24
 """Numbers of a matrix that are cast at a time: 64 MB in float32."""
+
+CACHED = 2**20
+"""The same on a processor: 4 MB in float32, which are in its caches still when they are multiplied.
+Fetched again from memory they take longer than the product with a few tokens."""
 
 
 def product(x: Tensor, W: Tensor) -> Tensor:
@@ -34,14 +39,10 @@ class _Cast(torch.autograd.Function):
     def forward(x: Tensor, W: Tensor) -> Tensor:
         d, n = W.shape
         if n >= d:
-            blocks = W.split(max(1, ENTRIES // max(1, d)), 1)
-            return torch.cat([x @ block.to(x.dtype) for block in blocks], -1)
-        height = max(1, ENTRIES // max(1, n))
-        pairs = zip(x.split(height, -1), W.split(height), strict=True)
-        parts = (own @ block.to(x.dtype) for own, block in pairs)
-        total = next(parts)
-        for part in parts:
-            total = total + part
+            return torch.cat([x @ block for block in _blocks(W, 1, x.dtype)], -1)
+        total = x.new_zeros(())
+        for own, block in zip(x.split(_size(W, 0), -1), _blocks(W, 0, x.dtype), strict=True):
+            total = total + own @ block
         return total
 
     @staticmethod
@@ -51,3 +52,19 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return product(gradient, ctx.W.T), None
+
+
+def _size(W: Tensor, axis: int) -> int:
+    """How many of a matrix's columns (axis 1) or rows (axis 0) are cast at a time."""
+    entries = CACHED if W.device.type == "cpu" else ENTRIES
+    return max(1, entries // max(1, W.shape[1 - axis]))
+
+
+def _blocks(W: Tensor, axis: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The matrix in blocks along an axis, cast: each in the place of the one before, for memory
+    that the system has to give anew takes several times as long as the cast."""
+    room: Tensor | None = None
+    for block in W.split(_size(W, axis), axis):
+        if room is None:
+            room = torch.empty_like(block, dtype=dtype)
+        yield room.narrow(axis, 0, block.shape[axis]).copy_(block)

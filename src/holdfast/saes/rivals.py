@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holdfast.saes.encoders import Encoder, Held
 from holdfast.saes.inputs import Inputs
+from holdfast.saes.products import product
 from holdfast.saes.sae import SAE, kth_of
 
 
@@ -46,7 +47,7 @@ class Rivals:
     def _preactivations(self, x: Tensor) -> Iterator[Tensor]:
         """[... m] of a block of features after the other."""
         for own in self.encoder.blocks(x.shape[:-1].numel()):
-            p = x @ self.encoder.columns(own, x)
+            p = product(x, self.encoder.columns(own, x.device))
             p = p if self.scale is None else p * self.scale[own].to(x.device)
             yield p + self.b_enc[own].to(x.device)
 

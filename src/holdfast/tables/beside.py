@@ -18,22 +18,18 @@ def attempts_table(summary: dict[str, Any], out: Console) -> None:
     """Attempts in the prompt under the searches, in a table of their own: they have no verdict."""
     if not summary["attempts"]:
         return
-    table = Table(
-        title="the same prompts asked in other words, clamp on (no part of a verdict)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    table = _titled("the same prompts asked in other words, clamp on")
     for name in ("audit", "attempt", "template"):
         table.add_column(name, no_wrap=True)
     for name in ("back, clamp on", "no clamp", "turned anyway", "search, same prompts"):
         table.add_column(name, justify="right")
     for row in summary["attempts"]:
-        searched = (f"{r['n_recovered']}/{r['n_valid']}" for r in beside(row, summary["trials"]))
+        searched = _searched(row, summary)
         label = ", ".join([row["attack"], *describe(row["point"])])
         asked = f"{row['n_asked']}/{row['n_valid']}"
         of = f"any of {len(row['templates'])}"
         turned = percent(row["turned_rate"])
-        table.add_row(row["audit"], label, of, _back(row), asked, turned, ", ".join(searched))
+        table.add_row(row["audit"], label, of, _back(row), asked, turned, searched)
         for each in row["templates"]:
             rate = each["recovery_rate"]
             bounds = {"ci_low": rate["low"], "ci_high": rate["high"]}
@@ -53,19 +49,15 @@ def answers_table(summary: dict[str, Any], out: Console) -> None:
     """Answers begun for the model, or drawn, under the searches: they have no verdict."""
     if not summary.get("answers"):  # summaries of earlier versions have none
         return
-    table = Table(
-        title="answers begun for the model, or drawn, clamp on (no part of a verdict)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    table = _titled("answers begun for the model, or drawn, clamp on")
     for name in ("audit", "attack", "how"):
         table.add_column(name)
     for name in ("share [95%]", "of", "search, same prompts"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in summary["answers"]:
-        searched = (f"{r['n_recovered']}/{r['n_valid']}" for r in beside(row, summary["trials"]))
+        searched = _searched(row, summary)
         label = ", ".join([row["label"], *describe(row["point"])])
-        table.add_row(row["audit"], label, "any of these", _back(row), "", ", ".join(searched))
+        table.add_row(row["audit"], label, "any of these", _back(row), "", searched)
         for each in row["table"]["rows"]:
             for key, title in row["table"]["columns"].items():
                 cell = each["cells"][key]
@@ -84,25 +76,21 @@ def suffixes_table(summary: dict[str, Any], out: Console) -> None:
     """Soft suffixes under the searches, in a table of their own: they have no verdict."""
     if not summary["suffixes"]:
         return
-    table = Table(
-        title="a soft suffix in the same prompts, clamp on there too (no part of a verdict)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    table = _titled("a soft suffix in the same prompts, clamp on there too")
     for name in ("audit", "suffix"):
         table.add_column(name, min_width=12)
     for name in ("back", "placeholder alone", "norm", "drift", "from the prompt as it was",
                  "search, same prompts"):  # fmt: skip
         table.add_column(name, justify="right")
     for row in summary["suffixes"]:
-        searched = (f"{r['n_recovered']}/{r['n_valid']}" for r in beside(row, summary["trials"]))
+        searched = _searched(row, summary)
         own = row["label"].removeprefix(f"{row['attack']}, ")
         label = ", ".join([own, *describe(row["point"])])
         drifts = (row["drift_relative_mean"], row["drift_original_relative_mean"])
         table.add_row(
             row["audit"], label, _back(row | {"n_asked": row["n_searched"]}),
             f"{row['n_placeholder']}/{row['n_valid']}", norm(row["norm_relative_median"]),
-            *map(power, drifts), ", ".join(searched),
+            *map(power, drifts), searched,
         )  # fmt: skip
     out.print(table)
     out.print(
@@ -118,6 +106,16 @@ def _cell(cell: dict[str, Any]) -> str:
     if not cell["unit"].startswith("share"):
         return power(cell["estimate"])
     return share(cell["low"], cell["estimate"], cell["high"])
+
+
+def _titled(what: str) -> Table:
+    return Table(title=f"{what} (no part of a verdict)", title_justify="left", box=SIMPLE_HEAD)
+
+
+def _searched(row: dict[str, Any], summary: dict[str, Any]) -> str:
+    """What the searches on the prompts of a row brought back."""
+    found = beside(row, summary["trials"])
+    return ", ".join(f"{each['n_recovered']}/{each['n_valid']}" for each in found)
 
 
 def _back(row: dict[str, Any]) -> str:
