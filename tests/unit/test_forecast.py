@@ -39,10 +39,11 @@ from holdfast.forecast.comparing import n_pieces, n_variants
 from holdfast.forecast.device import GPUS, gpu, probe
 from holdfast.forecast.memory import memory_of, recorded_row
 from holdfast.forecast.passes import Passes
+from holdfast.forecast.preparing import preparing
 from holdfast.forecast.prompts import Prompts
 from holdfast.forecast.scene import Scene
+from holdfast.forecast.searching import forwards, searching, step
 from holdfast.forecast.show import amount, as_json, lasting, rests_on, rows_of
-from holdfast.forecast.stages import forwards, preparing, searching, step
 from holdfast.forecast.subject import outlined
 from holdfast.objectives.vocabulary import Vocabulary
 from holdfast.paths import follow
@@ -401,7 +402,10 @@ def test_what_is_compared_costs_where_something_is_recovered(paper: Scene) -> No
     # once for what is written and once for where attention looks, and whom it is read against.
     assert (routed.found.flops - added.found.flops) / one == pytest.approx(7, rel=0.1)
     assert (whole.found.flops - routed.found.flops) / one == pytest.approx(7, rel=0.1)
-    assert whole.not_found == alone.not_found
+    assert whole.not_found == added.not_found
+    # Where recoveries are compared, verifying looks at every feature of the SAE.
+    assert whole.not_found.flops == alone.not_found.flops
+    assert whole.not_found.flops32 > alone.not_found.flops32
 
 
 def test_probes_are_read_where_they_are_and_no_further(tmp_path: Path) -> None:
@@ -437,7 +441,7 @@ def test_random_features_are_measured_anew(paper: Scene) -> None:
     trial = paper.trial.model_copy(update={"control": RandomFeatures()})
     drawn = forecast(replace(paper, trial=trial), gpu("h100", "float32"), [])
     assert [stage.name for stage in drawn.stages] == [
-        "other features", "record", "search", "verify"
+        "other features", "record", "search", "verify", "undo"
     ]  # fmt: skip
     wide = replace(drawn.scene, saes={SITE: Shape(1 << 20)})
     assert memory_of(wide).whole == 2**20 * 8 * 32 and memory_of(paper).whole == 0
@@ -785,7 +789,7 @@ def test_controls_share_a_setting_and_a_twin_has_its_own(tmp_path: Path) -> None
     study = small_study(constraints=("encoder_null",), controls=("wrong_target", "ignorant"))
     made = forecast_study(load(write(tmp_path / "s.toml", study)), on_gpu("h100"), 512)
     names = [[stage.name for stage in one.stages] for one in made]
-    rest = ["record", "search", "verify"]
+    rest = ["record", "search", "verify", "undo"]
     assert names == [["prepare", *rest, "compare"], rest, ["prepare", *rest]]
     assert [one.prepared for one in made] == [False, True, False]
 

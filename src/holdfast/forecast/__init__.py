@@ -16,9 +16,11 @@ from holdfast.canonical import digest
 from holdfast.executor import check_device
 from holdfast.forecast.device import Device, Range, gpu, probe
 from holdfast.forecast.memory import Memory, memory_of
+from holdfast.forecast.preparing import preparing
 from holdfast.forecast.prompts import Prompts
 from holdfast.forecast.scene import Scene, among
-from holdfast.forecast.stages import STARTS, preparing, stages_of
+from holdfast.forecast.searching import STARTS
+from holdfast.forecast.stages import stages_of
 from holdfast.forecast.subject import (
     architecture_of,
     described_spec,
