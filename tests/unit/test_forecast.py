@@ -785,6 +785,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert holdfast("plan", tmp_path / "none.toml").code == 2
 
 
+@pytest.mark.parametrize("name", ["gemma-2-2b-it-wmdp", "gemma-2-2b-tpp"])
+def test_a_study_of_a_real_model_needs_no_data(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the length of its prompts is given: neither prompts nor weights are looked for."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = f"subject.model={DOCS}/cost/gemma-2-9b"
+    said = holdfast("plan", name, "--gpu", "h100", "--set", model, "--prompt-tokens", "64")
+    assert said.code == 0 and "Of all operations: " in said.out + said.err
+
+
 def test_controls_share_a_setting_and_a_twin_has_its_own(tmp_path: Path) -> None:
     study = small_study(constraints=("encoder_null",), controls=("wrong_target", "ignorant"))
     made = forecast_study(load(write(tmp_path / "s.toml", study)), on_gpu("h100"), 512)
@@ -808,6 +817,7 @@ def test_a_record_holds_forecast_and_measured_beside_each_other(tmp_path: Path) 
     assert seen["flops_if_found"] < seen["flops_if_not_found"]
     assert seen["prompts"]["test"] == 16 and seen["prompts_counted"]
     page = (tmp_path / "run" / "report.html").read_text()
+    assert {"prepare", "search", "verify", "undo"} <= seen["stages"].keys()
     assert "forecast if all is found" in page and "peak of the process so far" in page
 
 

@@ -115,6 +115,13 @@ class Forecast:
             "prompts_counted": prompts.measured,
             "flops_if_found": self.found.all_flops,
             "flops_if_not_found": self.not_found.all_flops,
+            "stages": {
+                stage.name: {
+                    "flops_if_found": stage.found.all_flops,
+                    "flops_if_not_found": stage.not_found.all_flops,
+                }
+                for stage in self.stages
+            },
             "seconds_if_found": list(self.if_found),
             "seconds_if_not_found": list(self.if_not_found),
             "rows_at_once": {work: self.scene.sizes.of(work) for work in WORK},

@@ -107,6 +107,9 @@ def _staged(scene: Scene, stage: Staged) -> Work:
 
 
 def _repeats(scene: Scene, at_least: bool) -> int:
+    """None where what is held is where the vector is: that is linear algebra."""
+    if scene.last_held == scene.sites[0]:
+        return 0
     least, most = scene.search.constraint.repeats(len(scene.sites))
     return least if at_least else most
 
