@@ -24,6 +24,8 @@ from holdfast.ascent import Climb, ascend
 from holdfast.attacks.residual import MOST_ROWS, packed, pose
 from holdfast.batching import MOST, WORK, Sizes
 from holdfast.canonical import digest
+from holdfast.capability import MOST_LOGITS
+from holdfast.constraints.active_null import ActiveNull
 from holdfast.constraints.jacobian_probes import JacobianProbes
 from holdfast.controls.none import NoControl
 from holdfast.controls.random_features import RandomFeatures
@@ -615,6 +617,22 @@ def test_the_peak_of_a_step_is_within_a_factor_of_two(
         leaf = delta.requires_grad_(True)
         torch.autograd.grad(lanes.logits(leaf, answers).sum(), leaf)
     assert 0.5 < n * expected.lane / stepped.peak < 2
+
+
+def test_texts_and_bases_of_every_slot_are_held(paper: Scene) -> None:
+    texts = replace(paper, prompts=replace(paper.prompts, texts=10, text_tokens=20))
+    assert memory_of(texts).texts == 10 * 20 * paper.model.vocabulary * (4 + 4 + 4)
+    many = replace(paper, prompts=replace(paper.prompts, texts=10**6, text_tokens=20))
+    assert memory_of(many).texts == MOST_LOGITS * 12, "no more at a time"
+    assert memory_of(paper).texts == 0 and memory_of(many).peak(1, 1, 1, MOST) >= MOST_LOGITS * 12
+
+    spec = paper.search.model_copy(update={"constraint": ActiveNull()})
+    trial = paper.trial.model_copy(update={"recovery": spec})
+    seen = replace(paper, trial=trial, saes={SITE: Shape(64, k=10)})
+    held = 4 * 32 * (10 + 2)  # what is on, and what is clamped, at the one slot
+    plain = replace(paper, saes=seen.saes)
+    assert memory_of(seen).lane - memory_of(plain).lane == held
+    assert memory_of(seen).replay - memory_of(plain).replay == held * paper.rows
 
 
 def _storages(model: nn.Module) -> list[Tensor]:

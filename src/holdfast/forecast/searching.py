@@ -21,9 +21,9 @@ block; it counts only where operations are too small to fill a device."""
 STARTS = 9
 """Lanes of a row in a harder search: three learning rates from three random points."""
 
-PROJECTIONS = 7
-"""Times a slot's vector meets the features held there: a step and an iterate are projected, two
-products each, the iterate once more where it is cut to its ball; one looks for a leak."""
+PROJECTIONS = 8
+"""Times a slot's vector meets the features held there: a step and an iterate are projected, each
+twice for rounding, in two products."""
 
 BASIS = 8
 """Operations of an orthonormal basis of k vectors in d dimensions, by d·k²: found twice, as rank

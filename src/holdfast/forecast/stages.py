@@ -24,8 +24,8 @@ SEEN = 3
 vector, and what was rounded away."""
 
 TAKEN = 4
-"""Times a slot's vector meets the features held there to be split into what takes the clamp back
-and the rest."""
+"""Times a slot's vector meets the features held there, to be split by the span of their rows: twice
+for rounding, in two products."""
 
 
 def stages_of(scene: Scene) -> list[Stage]:
