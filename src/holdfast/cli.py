@@ -93,10 +93,10 @@ def plan_(
     from holdfast.study import load
     from holdfast.terminal import console, note
 
+    where = on_device(device) if gpu is None else on_gpu(gpu)
     with unread(prompt_tokens is not None):  # which says all that a forecast reads of them
         loaded = load(study, set_ or (), limit)
-    where = on_device(device) if gpu is None else on_gpu(gpu)
-    forecasts = forecast_study(loaded, where, batch_size, prompt_tokens, sae_width)
+        forecasts = forecast_study(loaded, where, batch_size, prompt_tokens, sae_width)
     if json_:
         print(json.dumps(as_json(forecasts), indent=1))
         return

@@ -24,6 +24,8 @@ from holdfast.ascent import Climb, ascend
 from holdfast.attacks.residual import MOST_ROWS, packed, pose
 from holdfast.batching import MOST, WORK, Sizes
 from holdfast.canonical import digest
+from holdfast.capability import MOST_LOGITS
+from holdfast.constraints.active_null import ActiveNull
 from holdfast.constraints.in_place import MAX_ROUNDS
 from holdfast.constraints.jacobian_probes import JacobianProbes
 from holdfast.controls.none import NoControl
@@ -40,10 +42,11 @@ from holdfast.forecast.comparing import n_pieces, n_variants
 from holdfast.forecast.device import GPUS, gpu, probe
 from holdfast.forecast.memory import memory_of, recorded_row
 from holdfast.forecast.passes import Passes
+from holdfast.forecast.preparing import preparing
 from holdfast.forecast.prompts import Prompts
 from holdfast.forecast.scene import Scene
+from holdfast.forecast.searching import forwards, searching, step
 from holdfast.forecast.show import amount, as_json, lasting, rests_on, rows_of
-from holdfast.forecast.stages import forwards, preparing, searching, step
 from holdfast.forecast.subject import outlined
 from holdfast.objectives.vocabulary import Vocabulary
 from holdfast.paths import follow
@@ -402,7 +405,10 @@ def test_what_is_compared_costs_where_something_is_recovered(paper: Scene) -> No
     # once for what is written and once for where attention looks, and whom it is read against.
     assert (routed.found.flops - added.found.flops) / one == pytest.approx(7, rel=0.1)
     assert (whole.found.flops - routed.found.flops) / one == pytest.approx(7, rel=0.1)
-    assert whole.not_found == alone.not_found
+    assert whole.not_found == added.not_found
+    # Where recoveries are compared, verifying looks at every feature of the SAE.
+    assert whole.not_found.flops == alone.not_found.flops
+    assert whole.not_found.flops32 > alone.not_found.flops32
 
 
 def test_probes_are_read_where_they_are_and_no_further(tmp_path: Path) -> None:
@@ -438,7 +444,7 @@ def test_random_features_are_measured_anew(paper: Scene) -> None:
     trial = paper.trial.model_copy(update={"control": RandomFeatures()})
     drawn = forecast(replace(paper, trial=trial), gpu("h100", "float32"), [])
     assert [stage.name for stage in drawn.stages] == [
-        "other features", "record", "search", "verify"
+        "other features", "record", "search", "verify", "undo"
     ]  # fmt: skip
     wide = replace(drawn.scene, saes={SITE: Shape(1 << 20)})
     assert memory_of(wide).whole == 2**20 * 8 * 32 and memory_of(paper).whole == 0
@@ -614,6 +620,22 @@ def test_the_peak_of_a_step_is_within_a_factor_of_two(
     assert 0.5 < n * expected.lane / stepped.peak < 2
 
 
+def test_texts_and_bases_of_every_slot_are_held(paper: Scene) -> None:
+    texts = replace(paper, prompts=replace(paper.prompts, texts=10, text_tokens=20))
+    assert memory_of(texts).texts == 10 * 20 * paper.model.vocabulary * (4 + 4 + 4)
+    many = replace(paper, prompts=replace(paper.prompts, texts=10**6, text_tokens=20))
+    assert memory_of(many).texts == MOST_LOGITS * 12, "no more at a time"
+    assert memory_of(paper).texts == 0 and memory_of(many).peak(1, 1, 1, MOST) >= MOST_LOGITS * 12
+
+    spec = paper.search.model_copy(update={"constraint": ActiveNull()})
+    trial = paper.trial.model_copy(update={"recovery": spec})
+    seen = replace(paper, trial=trial, saes={SITE: Shape(64, k=10)})
+    held = 4 * 32 * (10 + 2)  # what is on, and what is clamped, at the one slot
+    plain = replace(paper, saes=seen.saes)
+    assert memory_of(seen).lane - memory_of(plain).lane == held
+    assert memory_of(seen).replay - memory_of(plain).replay == held * paper.rows
+
+
 def _storages(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
@@ -782,11 +804,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert holdfast("plan", tmp_path / "none.toml").code == 2
 
 
+@pytest.mark.parametrize("name", ["gemma-2-2b-it-wmdp", "gemma-2-2b-tpp"])
+def test_a_study_of_a_real_model_needs_no_data(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the length of its prompts is given: neither prompts nor weights are looked for."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = f"subject.model={DOCS}/cost/gemma-2-9b"
+    said = holdfast("plan", name, "--gpu", "h100", "--set", model, "--prompt-tokens", "64")
+    assert said.code == 0 and "Of all operations: " in said.out + said.err
+
+
 def test_controls_share_a_setting_and_a_twin_has_its_own(tmp_path: Path) -> None:
     study = small_study(constraints=("encoder_null",), controls=("wrong_target", "ignorant"))
     made = forecast_study(load(write(tmp_path / "s.toml", study)), on_gpu("h100"), 512)
     names = [[stage.name for stage in one.stages] for one in made]
-    rest = ["record", "search", "verify"]
+    rest = ["record", "search", "verify", "undo"]
     assert names == [["prepare", *rest, "compare"], rest, ["prepare", *rest]]
     assert [one.prepared for one in made] == [False, True, False]
 
@@ -805,6 +836,7 @@ def test_a_record_holds_forecast_and_measured_beside_each_other(tmp_path: Path) 
     assert seen["flops_if_found"] < seen["flops_if_not_found"]
     assert seen["prompts"]["test"] == 16 and seen["prompts_counted"]
     page = (tmp_path / "run" / "report.html").read_text()
+    assert {"prepare", "search", "verify", "undo"} <= seen["stages"].keys()
     assert "forecast if all is found" in page and "peak of the process so far" in page
 
 

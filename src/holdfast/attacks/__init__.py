@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor
@@ -82,6 +82,15 @@ class TrialResult:
     seconds: float = float("nan")
 
 
+class Climbs(NamedTuple):
+    """Steps of a search through the whole model, the tokens it puts into every prompt, and whether
+    a monitor of the held features is read beside it."""
+
+    steps: int = 0
+    added: int = 0
+    monitored: bool = False
+
+
 class AttackKind(Kind):
     """An attack. searches: whether it searches as the study's `recovery` says.
 
@@ -105,10 +114,9 @@ class AttackKind(Kind):
         return ()
 
     @property
-    def climbs(self) -> tuple[int, int]:
-        """Steps of a search of its own through the whole model, and the tokens it puts into every
-        prompt; none of an attempt in words."""
-        return 0, 0
+    def climbs(self) -> Climbs:
+        """Its search of its own; none of an attempt in words."""
+        return Climbs()
 
     @property
     def answers(self) -> tuple[int, int, int]:

@@ -24,6 +24,7 @@ from holdfast.behaviors.open_question import OpenQuestion
 from holdfast.config import IDENTITY, LATER, nearest
 from holdfast.datasets import DATASETS, Dataset, DatasetKind
 from holdfast.datasets.questions import QuestionSet, questions_of
+from holdfast.datasets.unread import left_unread
 from holdfast.errors import StudyError
 from holdfast.organism import corpus
 from holdfast.organism.prompts import N_HELD_OUT, PERMUTATIONS
@@ -150,7 +151,7 @@ class MultipleChoice(BehaviorKind):
             return self
         if self.domain is not None:
             raise ValueError("domain is one of the organism's four; a dataset has none")
-        if isinstance(data, dict):
+        if isinstance(data, dict) and not left_unread():
             named = (data.get("source"), *(data.get("retain") or {}).values())
             if any(isinstance(each, dict) and not each.get("sha256") for each in named):
                 try:

@@ -31,6 +31,7 @@ from holdfast.datasets.labelled import (
     split_texts,
     stretch,
 )
+from holdfast.datasets.unread import left_unread
 from holdfast.errors import StudyError
 from holdfast.measure import Measurement
 from holdfast.organism.corpus import PROFESSIONS, balanced_biographies
@@ -153,7 +154,7 @@ class TPP(BehaviorKind):
         by hash, need not be there."""
         self = handler(data)
         source = data.get("source") if isinstance(data, dict) else None
-        if isinstance(source, dict) and not source.get("sha256"):
+        if isinstance(source, dict) and not source.get("sha256") and not left_unread():
             try:
                 self._every_text()
             except StudyError as error:

@@ -16,9 +16,11 @@ from holdfast.canonical import digest
 from holdfast.executor import check_device
 from holdfast.forecast.device import Device, Range, gpu, probe
 from holdfast.forecast.memory import Memory, memory_of
+from holdfast.forecast.preparing import preparing
 from holdfast.forecast.prompts import Prompts
 from holdfast.forecast.scene import Scene, among
-from holdfast.forecast.stages import STARTS, preparing, stages_of
+from holdfast.forecast.searching import STARTS
+from holdfast.forecast.stages import stages_of
 from holdfast.forecast.subject import (
     architecture_of,
     described_spec,
@@ -113,6 +115,13 @@ class Forecast:
             "prompts_counted": prompts.measured,
             "flops_if_found": self.found.all_flops,
             "flops_if_not_found": self.not_found.all_flops,
+            "stages": {
+                stage.name: {
+                    "flops_if_found": stage.found.all_flops,
+                    "flops_if_not_found": stage.not_found.all_flops,
+                }
+                for stage in self.stages
+            },
             "seconds_if_found": list(self.if_found),
             "seconds_if_not_found": list(self.if_not_found),
             "rows_at_once": {work: self.scene.sizes.of(work) for work in WORK},

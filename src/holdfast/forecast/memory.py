@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from holdfast.batching import MOST, WORK, Sizes, Work
+from holdfast.capability import MOST_LOGITS
 from holdfast.forecast.architecture import Block
 from holdfast.forecast.scene import Scene
 from holdfast.saes import encoders
@@ -29,6 +30,9 @@ CODES = 4
 LIVE_COPIES = 3
 """Residuals of a site that are captured while a replay is recorded, or a recovery verified."""
 
+PREDICTED = 8
+"""Bytes of a text's logit beside the one that comes: in float32, and its logarithm."""
+
 COMPARED = 3
 """Residuals in float64 that a verification makes of one site at a time."""
 
@@ -42,7 +46,8 @@ class Memory:
     row beside that; replay: what is recorded of all rows of the batch that is searched, of this
     trial and of those beside it; row: one row of a full pass, with what is captured of it where it
     is recorded or verified; answer: one row of a generation, with its keys
-    and values; lane: one lane of a search's step. 0 is what a trial has none of.
+    and values; lane: one lane of a search's step; texts: the logits of held-out texts that are
+    predicted at a time. 0 is what a trial has none of.
     """
 
     weights: float
@@ -53,6 +58,7 @@ class Memory:
     row: float
     answer: float
     lane: float
+    texts: float = 0.0
 
     @property
     def per_row(self) -> dict[Work, float]:
@@ -72,6 +78,7 @@ class Memory:
         held = self.weights + self.saes
         return held + max(
             self.discovery(sizes),
+            self.texts,
             self.replay + self.row * min(max(rows, searched), sizes.passes),
             self.answer * min(rows, sizes.generation),
             self.replay + self.lane * min(lanes, sizes.steps),
@@ -114,7 +121,9 @@ def memory_of(scene: Scene, device: float = math.inf) -> Memory:
     run = sum(_run(scene, site, device) for site, n in scene.whole.items() if n)
     weights = model.in_blocks * scene.weight_bytes + (model.parameters - model.in_blocks) * size
     whole, code = _discovery(scene)
-    return Memory(weights, sliced + run, whole, code, replay, row, answer, lane)
+    told = scene.prompts.texts * scene.prompts.text_tokens * model.vocabulary
+    texts = float(min(told, MOST_LOGITS) * (scene.size + PREDICTED))
+    return Memory(weights, sliced + run, whole, code, replay, row, answer, lane, texts)
 
 
 def _run(scene: Scene, site: Site, device: float) -> float:
@@ -177,7 +186,10 @@ def _search(scene: Scene) -> tuple[float, float]:
         read += scene.n_logits * d * size
     # What was recorded, copied for the lane; the graph, and one block's gradients on the way.
     lane = recorded + sum(graph) + max(graph, default=0.0) + read
-    return scene.searched * recorded, lane
+    # A constraint that reads the whole SAE has a basis of its own at every slot.
+    own = 4 * d * scene.positions * sum(scene.held.values())
+    bases = own if scene.search.constraint.sees_all else 0
+    return scene.searched * recorded + scene.rows * bases, lane + bases
 
 
 def kept(scene: Scene, block: Block, columns: int, keys: int) -> float:

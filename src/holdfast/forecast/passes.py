@@ -41,10 +41,13 @@ class Passes:
             per_batch += self._launched(self.model.n_blocks - back_to, back=True)
         return (forward + read) * rows + per_batch * math.ceil(rows / self.batch_size)
 
-    def generate(self, rows: int, tokens: int, new: int) -> Work:
-        """A prompt pass, then one token at a time over what is cached."""
+    def generate(self, rows: int, tokens: int, new: int, start: int = 0) -> Work:
+        """A prompt pass, then one token at a time over what is cached. start: tokens of the prompt
+        whose keys and values are there already."""
         if not rows or not new:
             return Work()
+        n_batches = math.ceil(rows / (self.answered or self.batch_size))
+        begun = self.replay(rows, 0, tokens - start, tokens, self.model.vocabulary)
         later = Work()
         for block in self.model.blocks:
             keys = [min(tokens + n, block.window or tokens + n) for n in range(1, new)]
@@ -54,9 +57,7 @@ class Passes:
                 bytes=2 * block.keys * seen * self.cache_bytes,
             )
         later += Work(flops=2 * (new - 1) * self.model.unembedding)
-        launched = self._launched(self.model.n_blocks) * (new - 1)
-        n_batches = math.ceil(rows / (self.answered or self.batch_size))
-        return self.full(rows, tokens) + later * rows + launched * n_batches
+        return begun + later * rows + self.launches(0, back=False) * (new * n_batches)
 
     def replay(
         self,

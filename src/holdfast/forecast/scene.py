@@ -22,6 +22,9 @@ from holdfast.trial import Trial
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BITS = {None: 0, "8bit": 8, "4bit": 4}
 
+ACTIVE = 64
+"""Features of an SAE that are taken to be on at a token; of a TopK it is known."""
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -83,6 +86,16 @@ class Scene:
         return sites
 
     @property
+    def held(self) -> Mapping[Site, int]:
+        """Clamped site → features that a constraint holds at a slot, at most."""
+        if not self.search.constraint.sees_all:
+            return self.features
+        return {
+            site: min(k + (self.saes[site].k or ACTIVE), self.model.d_model)
+            for site, k in self.features.items()
+        }
+
+    @property
     def last_held(self) -> Site:
         """The last site that a perturbation moves features at, or is added at."""
         return max(*self.sites, *self.features)
@@ -93,6 +106,11 @@ class Scene:
         return self.trial.behavior.read_at(tuple(self.saes))
 
     @property
+    def read_depth(self) -> int | None:
+        """Where a pass that is read there ends, None at the last block."""
+        return None if self.read_at is None else self.read_at.depth
+
+    @property
     def n_logits(self) -> int:
         """Logits of a lane that a step computes: of the answers in play, or all of them where an
         objective compares with every one, or all along an answer."""
@@ -100,7 +118,7 @@ class Scene:
             return 0
         if self.trial.behavior.answer_tokens:
             return self.trial.behavior.n_read * self.model.vocabulary
-        if self.search.objective.reads_all:
+        if self.trial.recovery is not None and self.trial.recovery.objective.reads_all:
             return self.model.vocabulary
         return self.prompts.answers
 
@@ -144,11 +162,19 @@ class Scene:
 
     @property
     def columns(self) -> int:
-        """Columns that a step runs: from the first perturbed or read one on."""
-        if self.read_at is not None:
+        """Columns that a step runs: from the first perturbed or read one on, all where a clamp
+        decides on a whole prompt, which any of its tokens can move."""
+        if self.read_at is not None or self.trial.intervention.decides_on_prompt:
             return self.tokens
         back = self._span(self.search.perturb.positions)[1]
         return min(max(back, 1) + self.trial.behavior.n_read - 1, self.tokens)
+
+    @property
+    def begun(self) -> int:
+        """Tokens of a prompt before the first perturbed one, which are run once for all answers."""
+        if self.trial.intervention.decides_on_prompt or 2 * self.rows > self.sizes.generation:
+            return 0
+        return self.prompts.width - self._span(self.search.perturb.positions)[1]
 
     def _span(self, where: Where) -> tuple[int, int]:
         """How many positions a policy names, and how far from the prompt's end they begin."""

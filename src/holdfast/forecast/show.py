@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -13,6 +14,7 @@ from holdfast.batching import spelled
 from holdfast.canonical import digest
 from holdfast.forecast import Forecast
 from holdfast.forecast.device import Range
+from holdfast.forecast.scene import Scene
 from holdfast.grid import describe
 
 HEADINGS = (
@@ -57,12 +59,23 @@ class Row:
             self.audit,
             self.label,
             str(len(self.trials)),
-            f"{_short(least, most)} to {amount(most, 'FLOP')}",
+            _from_to(least, most),
             str(used) if fits else "none fits",
             amount(max(trial.peak for trial in self.trials), "B"),
             _between(self.if_found) if fits else "",
             _between(self.if_not_found) if fits else "",
         )
+
+    def shares(self, which: Literal["found", "not_found"]) -> str:
+        """Which stages take how much of the operations, the largest first; what takes less than one
+        in a hundred is left out."""
+        stages: Counter[str] = Counter()
+        for trial in self.trials:
+            for stage in trial.stages:
+                stages[stage.name] += getattr(stage, which).all_flops
+        whole = max(stages.total(), 1.0)
+        told = [(name, of / whole) for name, of in stages.most_common() if of >= 0.01 * whole]
+        return ", ".join(f"{name} {share:.0%}" for name, share in told)
 
 
 def rows_of(forecasts: Sequence[Forecast]) -> list[Row]:
@@ -96,11 +109,17 @@ def rests_on(forecasts: Sequence[Forecast]) -> list[str]:
             )
         said.append(f"{device.name}: {amount(device.memory, 'B')}; {device.source}.")
     said = [f"{what} {_memory_of(one)}" for what, one in heaviest.items()] + said
+    whole = Row("all", "", forecasts)
+    said.append(
+        f"Of all operations: {whole.shares('found')} if all is found; "
+        f"{whole.shares('not_found')} if nothing is."
+    )
     said.append(
         "The memory of several GPUs adds up, but a whole SAE has to fit on one of them beside its "
         "share of the model; one at a time is at work."
     )
     said.append(
+        "Every prompt is taken to be searched, and every answer to be as long as it may be. "
         "Not counted: loading, preflight, judges that are models, fitting probes, and neighbors "
         "and opposed prompts where no tokenizer is at hand. `if nothing is found` ends after the "
         "first harder search; each doubling that goes on to find something takes twice its steps."
@@ -112,13 +131,22 @@ def _subject_of(forecast: Forecast) -> str:
     """What a forecast is of."""
     scene, prompts = forecast.scene, forecast.scene.prompts
     how = "as its tokenizer counts them" if prompts.measured else "as assumed"
-    saes = ", ".join(f"{shape.n_features:,} features at {s}" for s, shape in scene.saes.items())
     return (
         f"{scene.trial.audit}: {amount(scene.model.parameters, '')} parameters in "
         f"{scene.dtype}, {scene.model.n_blocks} blocks, d_model {scene.model.d_model}; "
-        f"SAE of {saes}; prompts of up to {prompts.width} tokens, {how}, "
+        f"{_saes_of(scene)}; prompts of up to {prompts.width} tokens, {how}, "
         f"{prompts.n['fit']}/{prompts.n['tune']}/{prompts.n['test']} of fit/tune/test."
     )
+
+
+def _saes_of(scene: Scene) -> str:
+    """Their widths and sites, of many of one width the first site and the last."""
+    widths = {shape.n_features for shape in scene.saes.values()}
+    if len(scene.saes) > 2 and len(widths) == 1:
+        where = f"{min(scene.saes)} to {max(scene.saes)}"
+        return f"{len(scene.saes)} SAEs of {widths.pop():,} features each, from {where}"
+    told = ", ".join(f"{shape.n_features:,} features at {s}" for s, shape in scene.saes.items())
+    return f"SAE of {told}"
 
 
 def _memory_of(forecast: Forecast) -> str:
@@ -174,10 +202,13 @@ def amount(value: float, unit: str) -> str:
     raise AssertionError
 
 
-def _short(value: float, beside: float) -> str:
-    """A number without its unit where the one it stands beside has the same."""
-    (digits, unit), other = amount(value, "FLOP").split(), amount(beside, "FLOP").split()[1]
-    return digits if unit == other else f"{digits} {unit}"
+def _from_to(least: float, most: float) -> str:
+    """Two amounts of operations; one where they look alike, and one unit where it is the same."""
+    low, high = amount(least, "FLOP"), amount(most, "FLOP")
+    if low == high:
+        return high
+    (digits, unit), other = low.split(), high.split()[1]
+    return f"{digits if unit == other else low} to {high}"
 
 
 def lasting(seconds: float) -> str:
@@ -189,7 +220,8 @@ def lasting(seconds: float) -> str:
 
 
 def _between(seconds: Range) -> str:
-    return f"{lasting(seconds[0])} to {lasting(seconds[1])}"
+    low, high = map(lasting, seconds)
+    return high if low == high else f"{low} to {high}"
 
 
 def _sum(ranges: Sequence[Range]) -> Range:

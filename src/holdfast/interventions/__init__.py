@@ -60,6 +60,22 @@ class InterventionKind(Kind):
         """Whether it needs the SAE's whole reconstruction at every token, and not only a slice."""
         return False
 
+    @property
+    def conditional(self) -> bool:
+        """Whether it acts only where something is there that it looks for."""
+        return False
+
+    @property
+    def decides_on_prompt(self) -> bool:
+        """Whether it decides on a whole prompt at once, so that any token of it can change what it
+        does at every other."""
+        return False
+
+    @property
+    def learns(self) -> int:
+        """How often `fitted` runs the fit prompts to be left alone."""
+        return 0
+
     def candidates(self) -> tuple[InterventionKind, ...]:
         """The strengths to choose from on the tune split; itself if there is nothing to choose."""
         return (self,)

@@ -248,6 +248,20 @@ class Clamp(InterventionKind):
         return self.error_scale != 1.0
 
     @property
+    def conditional(self) -> bool:
+        return self.condition is not None
+
+    @property
+    def decides_on_prompt(self) -> bool:
+        return isinstance(self.condition, PromptCondition | DirectionCondition)
+
+    @property
+    def learns(self) -> int:
+        if not isinstance(self.condition, PromptCondition | DirectionCondition):
+            return 0
+        return int(self.condition.learns)
+
+    @property
     def formulas(self) -> tuple[str, ...]:
         value = "c" if isinstance(self.value, tuple) else f"{self.value}"
         rule = {
@@ -282,7 +296,7 @@ class Clamp(InterventionKind):
     ) -> InterventionKind:
         if not isinstance(self.condition, PromptCondition | DirectionCondition):
             return self
-        if not self.condition.learns:
+        if not self.learns:
             return self
         if len(features.sites) > 1:
             return self  # which `edits` refuses

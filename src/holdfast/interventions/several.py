@@ -35,6 +35,18 @@ class Several(InterventionKind):
     def runs_whole(self) -> bool:
         return any(member.runs_whole for member in self.of)
 
+    @property
+    def conditional(self) -> bool:
+        return any(member.conditional for member in self.of)
+
+    @property
+    def decides_on_prompt(self) -> bool:
+        return any(member.decides_on_prompt for member in self.of)
+
+    @property
+    def learns(self) -> int:
+        return sum(member.learns for member in self.of)
+
     def candidates(self) -> tuple[Several, ...]:
         combinations = itertools.product(*(member.candidates() for member in self.of))
         return tuple(self.model_copy(update={"of": members}) for members in combinations)
