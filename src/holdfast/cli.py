@@ -76,7 +76,7 @@ def plan_(
         typer.Option(
             "--prompt-tokens",
             min=2,
-            help="of the longest prompt, instead of reading them: no dataset is needed",
+            help="of the longest prompt, instead of reading them; 64 where a dataset is not at hand",
         ),
     ] = None,
     sae_width: Annotated[
@@ -88,15 +88,31 @@ def plan_(
     import json
 
     from holdfast.datasets.unread import unread
-    from holdfast.forecast import forecast_study, on_device, on_gpu
+    from holdfast.errors import StudyError
+    from holdfast.forecast import PROMPT_TOKENS, Forecast, forecast_study, on_device, on_gpu
     from holdfast.forecast.show import as_json, rests_on, table_of
-    from holdfast.study import load
+    from holdfast.study import Study, load
     from holdfast.terminal import console, note
 
     where = on_device(device) if gpu is None else on_gpu(gpu)
-    with unread(prompt_tokens is not None):  # which says all that a forecast reads of them
-        loaded = load(study, set_ or (), limit)
-        forecasts = forecast_study(loaded, where, batch_size, prompt_tokens, sae_width)
+
+    def forecast_with(width: int | None) -> tuple[Study, list[Forecast]]:
+        with unread(width is not None):  # which says all that a forecast reads of them
+            loaded = load(study, set_ or (), limit)
+            return loaded, forecast_study(loaded, where, batch_size, width, sae_width)
+
+    try:
+        loaded, forecasts = forecast_with(prompt_tokens)
+    except StudyError as error:
+        if prompt_tokens is not None:
+            raise
+        loaded, forecasts = forecast_with(PROMPT_TOKENS)  # what else is wrong is said by this
+        note(
+            [
+                f"Not all datasets could be read, so every prompt is taken to have {PROMPT_TOKENS} "
+                f"tokens; --prompt-tokens says otherwise. {error}"
+            ]
+        )
     if json_:
         print(json.dumps(as_json(forecasts), indent=1))
         return

@@ -804,13 +804,22 @@ def test_the_command(tmp_path: Path) -> None:
     assert holdfast("plan", tmp_path / "none.toml").code == 2
 
 
+@pytest.mark.parametrize("given", [("--prompt-tokens", "64"), ()])
 @pytest.mark.parametrize("name", ["gemma-2-2b-it-wmdp", "gemma-2-2b-tpp"])
-def test_a_study_of_a_real_model_needs_no_data(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the length of its prompts is given: neither prompts nor weights are looked for."""
+def test_a_study_of_a_real_model_needs_no_data(
+    name: str, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither prompts nor weights are looked for where the length of prompts is given, and where
+    it is not a dataset that cannot be read is named and does without."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = f"subject.model={DOCS}/cost/gemma-2-9b"
-    said = holdfast("plan", name, "--gpu", "h100", "--set", model, "--prompt-tokens", "64")
+    said = holdfast("plan", name, "--gpu", "h100", "--set", model, *given)
     assert said.code == 0 and "Of all operations: " in said.out + said.err
+    noted = said.out + said.err
+    assert ("Not all datasets could be read" in noted) is (not given)
+    assert given or ("--prompt-tokens" in noted and "the hub gave" in noted)
+    wrong = holdfast("plan", name, "--set", model, "--set", "recovery.budget.relative=-1")
+    assert wrong.code == 2 and "budget" in wrong.err and "the hub gave" not in wrong.err
 
 
 def test_controls_share_a_setting_and_a_twin_has_its_own(tmp_path: Path) -> None:
