@@ -17,7 +17,7 @@ from holdfast.predicted import MORE, NODES
 from holdfast.replays import ALONG, PARTS, ROWS
 from holdfast.routes import FROZEN
 
-PRODUCTS = 19
+PRODUCTS = 12
 """Times a slot's vector meets the whole SAE: re-encoded with each part, and decoded again; encoded
 for the bounded parts. An atom of a sparse code is one more."""
 
