@@ -93,9 +93,9 @@ def stacked(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
     """Trials that are best run together, in the order of the first of each.
 
     Searches of one setting that differ in constraint, target, budget, goal or their own seed can be
-    rows of one batch, but for constraints with passes of their own, which share a batch with their
-    like alone, and controls with prompts or edits of their own. Who is searched beside whom does
-    not depend on where a study runs, but on which of its trials it is to run: `StackPlan`.
+    rows of one batch, but for controls with prompts or edits of their own. Who is searched beside
+    whom does not depend on where a study runs, but on which of its trials it is to run:
+    `StackPlan`.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -109,14 +109,11 @@ def _stack_key(trial: Trial) -> str:
     if spec is None:
         return trial.id
     parts = trial.canonical()
-    n_sites = len(spec.perturb.sites) or len(trial.subject.saes)
-    alike = spec.constraint.repeats(n_sites) == (0, 0)
     return digest(
         [
             setting_key(trial, trial.subject),
             parts["attack"],
             None if trial.control.alongside else [parts["control"], parts["twin"]],
-            None if alike else parts["recovery"]["constraint"],
             parts["recovery"]["perturb"],
             parts["recovery"].get("objective"),
             spec.order,

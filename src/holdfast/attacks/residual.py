@@ -73,8 +73,9 @@ class Residual(AttackKind):
 
 
 def _searched(attacked: Sequence[Attacked]) -> Iterator[tuple[Problem, Recovery, float]]:
-    """All of them searched as rows of one batch: of each its problem, what was found, and its share
-    of the seconds, by the lanes that were run for it."""
+    """All of them searched as rows of one batch: of each its problem, what was found, and its
+    seconds: what its constraint took by itself, and of the rest its share, by the lanes that were
+    run for it."""
     clock = time.perf_counter()
     specs, cases = [_spec(each) for each in attacked], [each.case for each in attacked]
     searches = [
@@ -89,14 +90,14 @@ def _searched(attacked: Sequence[Attacked]) -> Iterator[tuple[Problem, Recovery,
     ):
         whole = pose_together(specs, cases)
         found = recover_together(whole, searches)
-    seconds = time.perf_counter() - clock
+    shared = time.perf_counter() - clock - sum(recovery.own_seconds for recovery in found)
     run = [int(recovery.lane_steps.sum()) for recovery in found]
     every = torch.arange(len(whole), device=whole.goal.device)
     parts = every.split([search.n for search in searches])
     for case, rows, recovery, lanes in zip(cases, parts, found, run, strict=True):
         own = whole if len(found) == 1 else whole.rows(rows)
         share = lanes / sum(run) if sum(run) else 1 / len(found)
-        yield replace(own, batch=case.batch), recovery, share * seconds
+        yield replace(own, batch=case.batch), recovery, recovery.own_seconds + share * shared
 
 
 def _spec(attacked: Attacked) -> RecoverySpec:
@@ -196,18 +197,16 @@ def pose_together(specs: Sequence[RecoverySpec], cases: Sequence[Case]) -> Probl
 
 def _sharing(attacked: Sequence[Attacked]) -> list[list[int]]:
     """Which of them can be rows of one batch, in order: alike in what a pass is made of and in how
-    long they search, under constraints that may share their steps, and no more rows than fill it.
+    long they search, under any constraints, and no more rows than fill it.
     """
     groups: dict[Any, list[int]] = {}
     for index, each in enumerate(attacked):
         case, spec = each.case, _spec(each)
-        kind, n_sites = spec.constraint, len(_sites(spec, case))
-        apart = None if kind.repeats(n_sites) == (0, 0) else kind
         key = (
             id(case.subject), tuple(map(id, case.edits)), id(case.features),
             id(case.batch.readout), case.batch.forced is None, case.batch.n_read,
             _positions(spec, case).shape[1], spec.perturb, spec.order, spec.pace,
-            spec.objective, apart,
+            spec.objective,
         )  # fmt: skip
         groups.setdefault(key, []).append(index)
     return [
