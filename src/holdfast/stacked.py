@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.canonical import digest
-from holdfast.trial import Trial, setting_key
+from holdfast.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ def stacked(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
     """Trials that are best run together, in the order of the first of each.
 
     Searches of one setting that differ in constraint, target, budget, goal or their own seed can be
-    rows of one batch, but for controls with prompts or edits of their own. Who is searched beside
-    whom does not depend on where a study runs, but on which of its trials it is to run:
-    `StackPlan`.
+    rows of one batch, but for controls with prompts or edits of their own; so can those that differ
+    in the study's seed, and so in their prompts, where the clamped features do not go by these. Who
+    is searched beside whom does not depend on where a study runs, but on which of its trials it is
+    to run: `StackPlan`.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -109,10 +110,11 @@ def _stack_key(trial: Trial) -> str:
     if spec is None:
         return trial.id
     parts = trial.canonical()
+    alike = ("subject", "data", "behavior", "discovery", "intervention", "attack")
     return digest(
         [
-            setting_key(trial, trial.subject),
-            parts["attack"],
+            *(parts[name] for name in alike),
+            trial.seed if trial.discovery.by_prompts else None,
             None if trial.control.alongside else [parts["control"], parts["twin"]],
             parts["recovery"]["perturb"],
             parts["recovery"].get("objective"),

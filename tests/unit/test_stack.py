@@ -35,6 +35,7 @@ from holdfast.stack import Stack
 from holdfast.stacked import StackPlan, stacked
 from holdfast.steppers import Adam, Steepest
 from holdfast.study import bundled, parse
+from holdfast.subject import Subject
 from holdfast.subspace import Everything, Iterate
 from holdfast.testing import tiny_batch, tiny_subject
 from holdfast.timed import Stopwatch, shares
@@ -59,12 +60,15 @@ SEVERAL_SITES = (
 """The last two run the model themselves, each in its own way."""
 
 
-def a_setting(sites: Sequence[Site]) -> Setting:
-    subject = tiny_subject(sites=sites)
+def a_setting(
+    sites: Sequence[Site], subject: Subject | None = None, seed: int = 0, value: float = -2.0
+) -> Setting:
+    """seed: of the prompts; value: what features are set to."""
+    subject = subject or tiny_subject(sites=sites)
     features = features_at(sites)
     banks = [FeatureBank.of(subject.sae(site), features) for site in sites]
-    clamps = tuple(FeatureEdit(bank, "set_where_active", -2.0) for bank in banks)
-    return set_up(subject, tiny_batch(subject, 6), features, clamps, gain=2.0)
+    clamps = tuple(FeatureEdit(bank, "set_where_active", value) for bank in banks)
+    return set_up(subject, tiny_batch(subject, 6, seed=seed), features, clamps, gain=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,19 @@ def test_trials_that_differ_in_the_seed_of_the_search_are_one_stack() -> None:
     assert not any("seed" in t.canonical()["recovery"] for t in own["seed"] if t.recovery)
 
 
+def test_trials_that_differ_in_their_prompts_are_one_stack_where_features_do_not_go_by_them() -> (
+    None
+):
+    trials = plan(parse(bundled("demo"))).trials
+    for audit, together in (("bottleneck", True), ("ioi", False)):
+        own = [t for t in trials if t.audit == audit and t.control.alongside]
+        assert len(stacked(own)) == 1 and own[0].discovery.by_prompts is not together
+        more = [trial.model_copy(update={"seed": 1}) for trial in own]
+        assert [len(stack) for stack in stacked([*own, *more])] == (
+            [2 * len(own)] if together else [len(own), len(own)]
+        )
+
+
 def test_constraints_that_run_the_model_themselves_climb_the_same_beside_all_others(
     two_sites: Setting,
 ) -> None:
@@ -244,6 +261,29 @@ def few_steps(stack: Stack, start: Tensor) -> Ascent:
         torch.arange(n), start, torch.full((n,), 1e9), stack.problem.radius, torch.full((n,), 0.1)
     )
     return ascend(stack.problem, stack.feasible, climb, 3, stack.stepper)
+
+
+def test_prompts_of_two_seeds_under_one_clamp_find_what_they_find_alone(
+    one_site: Setting,
+) -> None:
+    """A clamp that was made twice is one, whatever else was measured of its features."""
+    other = a_setting(SITES[1:], one_site.subject, seed=1)
+    entries = tuple(e.model_copy(update={"median_active": 2.0}) for e in other.features.entries)
+    other = replace(other, features=other.features.model_copy(update={"entries": entries}))
+    members = [
+        attacked(setting, spec_of(name, 0.3), seed=seed)
+        for seed, setting in enumerate((one_site, other))
+        for name in ("encoder_null", "unconstrained")
+    ]
+    assert one_site.edits[0] is not other.edits[0]
+    assert _sharing(members) == [[0, 1, 2, 3]]
+    for each, (problem, recovery, _) in zip(members, _searched(members), strict=True):
+        assert problem.batch is each.case.batch and len(recovery.delta) == len(each.case.rows)
+        check_the_same(recovery, alone(each))
+    stronger = attacked(
+        a_setting(SITES[1:], one_site.subject, seed=1, value=-3.0), spec_of("encoder_null")
+    )
+    assert _sharing([*members, stronger]) == [[0, 1, 2, 3], [4]], "another clamp"
 
 
 def test_several_searches_of_forced_answers_are_stacked(one_site: Setting) -> None:

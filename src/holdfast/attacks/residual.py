@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast.attacks import Attacked, AttackKind, Listed, TrialResult
 from holdfast.batch import Batch
+from holdfast.by_value import same
 from holdfast.canonical import digest
 from holdfast.controls import Case
 from holdfast.edits import Perturbation
@@ -157,8 +158,8 @@ def pose(spec: RecoverySpec, case: Case) -> Problem:
 
 
 def pose_together(specs: Sequence[RecoverySpec], cases: Sequence[Case]) -> Problem:
-    """The rows of several cases, one after another, as one problem: the same prompts under the same
-    edits, perturbed at the same sites and positions, to goals and budgets of their own."""
+    """The rows of several cases, one after another, as one problem: prompts under the same edits,
+    perturbed at the same sites and as many positions, to goals and budgets of their own."""
     spec, case = specs[0], cases[0]
     sites = _sites(spec, case)
     clamp_first = spec.order == "clamp_then_perturbation"
@@ -199,21 +200,31 @@ def _sharing(attacked: Sequence[Attacked]) -> list[list[int]]:
     """Which of them can be rows of one batch, in order: alike in what a pass is made of and in how
     long they search, under any constraints, and no more rows than fill it.
     """
-    groups: dict[Any, list[int]] = {}
+    groups: dict[Any, list[list[int]]] = {}
     for index, each in enumerate(attacked):
         case, spec = each.case, _spec(each)
         key = (
-            id(case.subject), tuple(map(id, case.edits)), id(case.features),
-            id(case.batch.readout), case.batch.forced is None, case.batch.n_read,
-            _positions(spec, case).shape[1], spec.perturb, spec.order, spec.pace,
-            spec.objective,
+            id(case.subject), id(case.batch.readout), case.batch.forced is None, case.batch.n_read,
+            _positions(spec, case).shape[1], spec.perturb, spec.order, spec.pace, spec.objective,
         )  # fmt: skip
-        groups.setdefault(key, []).append(index)
+        under = groups.setdefault(key, [])
+        beside = next((own for own in under if _same_clamp(case, attacked[own[0]].case)), None)
+        if beside is None:
+            under.append([index])
+        else:
+            beside.append(index)
     return [
         [members[place] for place in batch]
-        for members in groups.values()
+        for under in groups.values()
+        for members in under
         for batch in packed([len(attacked[member].case.rows) for member in members])
     ]
+
+
+def _same_clamp(one: Case, other: Case) -> bool:
+    """Whether rows of both can be run in one pass, and held: prompts of another seed may be under
+    the same clamp. What else is known of features, such as scores, is each case's own."""
+    return one.features.ids == other.features.ids and same(one.edits, other.edits)
 
 
 def packed(counts: Sequence[int]) -> list[list[int]]:

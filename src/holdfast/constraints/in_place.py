@@ -22,7 +22,7 @@ from holdfast.problem import Problem
 from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subspace import FeasibleSet, Iterate, norms
-from holdfast.waiting import PASSES, due
+from holdfast.waiting import PASSES, perhaps
 
 SLACK = 1e-4
 """Relative amount by which a norm may exceed its budget."""
@@ -150,22 +150,17 @@ class HeldInPlace:
 
         Clipping what was retracted instead would break the later sites. The ratio of norms is right
         to first order, and at 0 anything fits, so a few rounds that shrink a little more each time
-        always end. Only rows that are too long are run again.
+        always end.
         """
         kept = self.retract(delta)
-        own, sets = torch.arange(len(kept), device=kept.device), self  # those that may be too long
         for attempt in range(MAX_ROUNDS):
-            length, ball = norms(kept[own]).flatten(), radius[own]
-            over = length > ball * (1 + SLACK)
-            if due(attempt, kept.device, PASSES):
-                index = over.nonzero().flatten()
-                if not len(index):
-                    return kept
-                own, sets, over = own[index], sets.rows(index), over[index]
-                length, ball = length[index], ball[index]
-            share = (ball / length).clamp_max(1.0) * (1 - 0.02 * attempt)
-            shrunk = sets.retract(kept[own] * share[:, None, None])
+            length = norms(kept).flatten()
+            over = length > radius * (1 + SLACK)
+            if not perhaps(over, attempt, PASSES):
+                return kept
+            share = (radius / length).clamp_max(1.0) * (1 - 0.02 * attempt)
+            shrunk = self.retract(kept * share[:, None, None])
             # Rows that fit stay as they are, or what they find would depend on those beside them.
-            kept = kept.index_copy(0, own, torch.where(over[:, None, None], shrunk, kept[own]))
+            kept = torch.where(over[:, None, None], shrunk, kept)
         over = norms(kept).flatten() > radius * (1 + SLACK)
         return torch.where(over[:, None, None], 0.0, kept)
