@@ -187,10 +187,16 @@ def test_trials_that_differ_in_their_prompts_are_one_stack_where_features_do_not
     for audit, together in (("bottleneck", True), ("ioi", False)):
         own = [t for t in trials if t.audit == audit and t.control.alongside]
         assert len(stacked(own)) == 1 and own[0].discovery.by_prompts is not together
-        more = [trial.model_copy(update={"seed": 1}) for trial in own]
-        assert [len(stack) for stack in stacked([*own, *more])] == (
-            [2 * len(own)] if together else [len(own), len(own)]
-        )
+        for n_prompts, fit in ((20, True), (200, False)):  # of six searches of each seed
+            data = own[0].data.model_copy(update={"test": n_prompts})
+            seeds = [
+                [trial.model_copy(update={"seed": seed, "data": data}) for trial in own]
+                for seed in (0, 1, 2)
+            ]
+            every = [trial for pair in zip(*seeds, strict=True) for trial in pair]
+            stacks = stacked(every)
+            assert [len(stack) for stack in stacks] == ([18] if together and fit else [6, 6, 6])
+            assert [t.id for t in stacks[0]] == [t.id for t in every if t in stacks[0]], "in order"
 
 
 def test_constraints_that_run_the_model_themselves_climb_the_same_beside_all_others(
