@@ -163,7 +163,8 @@ def _sets(
             free = torch.zeros_like(owner)
             for part in own:
                 free[part.rows] = part.feasible.dimension
-            feasible = HeldInPlace(problem.replay, free).rows((keeper == index).nonzero().flatten())
+            rows = (keeper == index).nonzero().flatten()
+            feasible = HeldInPlace(problem.replay, free, owner).rows(rows)
         made.append(TimedSet(feasible, clock))
     return made[0] if len(made) == 1 else SetPerRow(Dealt.to(made, keeper))
 

@@ -22,7 +22,7 @@ from holdfast.problem import Problem
 from holdfast.replay import Replay
 from holdfast.sites import Site
 from holdfast.subspace import FeasibleSet, Iterate, norms
-from holdfast.waiting import PASSES, perhaps
+from holdfast.waiting import PASSES, looks, perhaps
 
 SLACK = 1e-4
 """Relative amount by which a norm may exceed its budget."""
@@ -124,18 +124,20 @@ class HeldInPlace:
     """Vectors that are what the forward pass makes of them; zero is one.
 
     An iterate is run once more without gradient, and what was really added at each slot takes its
-    place.
+    place. owner [n]: the constraint of each row, where there are several.
     """
 
     replay: Replay
     free: Tensor
+    owner: Tensor | None = None
 
     @property
     def dimension(self) -> Tensor:
         return self.free
 
     def rows(self, rows: Tensor) -> HeldInPlace:
-        return HeldInPlace(self.replay.rows(rows), self.free[rows])
+        owner = None if self.owner is None else self.owner[rows]
+        return HeldInPlace(self.replay.rows(rows), self.free[rows], owner)
 
     def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:
         # The gradient has come through the retraction already.
@@ -153,14 +155,26 @@ class HeldInPlace:
         always end.
         """
         kept = self.retract(delta)
+        own, sets = torch.arange(len(kept), device=kept.device), self  # those that may be too long
         for attempt in range(MAX_ROUNDS):
-            length = norms(kept).flatten()
-            over = length > radius * (1 + SLACK)
+            length, ball = norms(kept[own]).flatten(), radius[own]
+            over = length > ball * (1 + SLACK)
             if not perhaps(over, attempt, PASSES):
                 return kept
-            share = (radius / length).clamp_max(1.0) * (1 - 0.02 * attempt)
-            shrunk = self.retract(kept * share[:, None, None])
+            index = sets._beside(over)
+            if len(index) < len(own):
+                own, sets = own[index], sets.rows(index)
+                length, ball, over = length[index], ball[index], over[index]
+            share = (ball / length).clamp_max(1.0) * (1 - 0.02 * attempt)
+            shrunk = sets.retract(kept[own] * share[:, None, None])
             # Rows that fit stay as they are, or what they find would depend on those beside them.
-            kept = torch.where(over[:, None, None], shrunk, kept)
+            kept = kept.index_copy(0, own, torch.where(over[:, None, None], shrunk, kept[own]))
         over = norms(kept).flatten() > radius * (1 + SLACK)
         return torch.where(over[:, None, None], 0.0, kept)
+
+    def _beside(self, some: Tensor) -> Tensor:
+        """Rows of the constraints that have any of some rows [n] bool: those of a constraint are
+        run in as many rounds as by itself. All where the device would be waited for."""
+        if self.owner is None or looks(some.device) > 1:
+            return torch.arange(len(some), device=some.device)
+        return torch.isin(self.owner, self.owner[some]).nonzero().flatten()
