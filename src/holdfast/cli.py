@@ -76,7 +76,7 @@ def plan_(
         typer.Option(
             "--prompt-tokens",
             min=2,
-            help="of the longest prompt, instead of reading them; 64 where a dataset is not at hand",
+            help="of the longest prompt, instead of reading them; 64 where one is not at hand",
         ),
     ] = None,
     sae_width: Annotated[
@@ -91,7 +91,7 @@ def plan_(
     from holdfast.errors import StudyError
     from holdfast.forecast import PROMPT_TOKENS, Forecast, forecast_study, on_device, on_gpu
     from holdfast.forecast.show import as_json, rests_on, table_of
-    from holdfast.study import Study, load
+    from holdfast.study import load
     from holdfast.terminal import console, note
 
     where = on_device(device) if gpu is None else on_gpu(gpu)

@@ -3,7 +3,8 @@
 What is handed out are stacks: trials whose searches are rows of one batch (`stacked.py`).
 Operations of a small model are too short to be shared between CPU threads, so such a study runs
 several stacks side by side instead, each on one thread with subjects of its own (hooks are attached
-to a subject, so two threads must never share one). Numbers do not depend on it.
+to a subject, so two threads must never share one). The largest are begun first, or one of them
+could keep a worker busy alone at the end. Numbers do not depend on it.
 """
 
 from __future__ import annotations
@@ -142,8 +143,9 @@ def execute(plan: Plan, stacks: Sequence[Together], runtime: Runtime, lab: Lab) 
             labs.put(own)
 
     error: BaseException | None = None
+    largest_first = sorted(stacks, key=lambda stack: len(stack.trials), reverse=True)
     with ThreadPoolExecutor(n_workers) as pool:
-        pending: set[Future[None]] = {pool.submit(on_one_thread, stack) for stack in stacks}
+        pending: set[Future[None]] = {pool.submit(on_one_thread, stack) for stack in largest_first}
         try:
             while pending:
                 ended, pending = wait(pending, LISTEN_SECONDS, FIRST_COMPLETED)

@@ -66,6 +66,10 @@ class FeatureSet(Config):
     def sites(self) -> tuple[Site, ...]:
         return tuple(sorted({Site.parse(entry.site) for entry in self.entries}))
 
+    @property
+    def ids(self) -> Mapping[tuple[str, str], tuple[int, ...]]:
+        return ids_of(self.entries)
+
     def at(self, site: Site) -> tuple[SiteFeatures, ...]:
         """The entries of one site, by group."""
         return tuple(entry for entry in self.entries if Site.parse(entry.site) == site)
@@ -89,3 +93,8 @@ class FeatureSet(Config):
     def median_active(self, site: Site) -> Mapping[str, float | None]:
         """Group → median active value on the fit split."""
         return {entry.group: entry.median_active for entry in self.at(site)}
+
+
+def ids_of(entries: Sequence[SiteFeatures]) -> Mapping[tuple[str, str], tuple[int, ...]]:
+    """(site, group) → feature ids."""
+    return {(entry.site, entry.group): entry.ids for entry in entries}

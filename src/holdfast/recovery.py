@@ -29,6 +29,7 @@ from holdfast.schedule import Schedule
 from holdfast.scheduled import follow
 from holdfast.shrinking import shrink
 from holdfast.stack import Search, Stack
+from holdfast.timed import shares
 
 __all__ = [
     "SENTENCES", "Budget", "Outcome", "Perturb", "Recovery", "RecoverySpec", "Search", "Stop",
@@ -139,7 +140,8 @@ class Recovery:
     [n] in logits; norm [n]; smallest_norm [n]: NaN where the goal was never reached; outcomes;
     steps [n]: steps of the attempt that decided; null_dimension [n]; closed_form: what the smallest
     norm is known to be, where it is; trace: the first attempt, one entry a step; lane_steps [n]:
-    how often a lane of the row was run.
+    how often a lane of the row was run; own_seconds: what the constraint took by itself, beside the
+    passes that it shares with other searches.
     """
 
     delta: Tensor
@@ -151,6 +153,7 @@ class Recovery:
     closed_form: ClosedForm
     trace: tuple[dict[str, float], ...] = field(repr=False)
     lane_steps: Tensor = field(repr=False)
+    own_seconds: float = field(default=0.0, repr=False)
 
     @property
     def norm(self) -> Tensor:
@@ -196,13 +199,14 @@ def recover_together(problem: Problem, searches: Sequence[Search]) -> list[Recov
         if len(reached):
             smallest[reached] = shrink(stack, reached, best)
     closed = _closed_form(stack)
+    lanes = [int(best.lane_steps[rows].sum()) for _, rows in stack.parts]
     return [
         Recovery(
             best.delta[rows], best.margin[rows], smallest[rows], tuple(best.outcomes[rows]),
             best.steps[rows], dimension[rows], ClosedForm(closed.norm[rows], closed.share[rows]),
-            _means(trace, rows), best.lane_steps[rows],
+            _means(trace, rows), best.lane_steps[rows], own,
         )
-        for _, rows in stack.parts
+        for (_, rows), own in zip(stack.parts, shares(stack.clocks, lanes), strict=True)
     ]  # fmt: skip
 
 

@@ -4,6 +4,9 @@ On a small model, or with few prompts left, a step costs what its launches cost,
 it has. So the constraints, targets and budgets of an audit are laid end to end: each row keeps the
 set, the ball, the goal and the step rule of its own search, and what it finds is what it would find
 alone, up to rounding.
+
+A constraint that runs the model itself within a step does so for its own rows, but for those that
+are kept in the forward pass: these share that pass too, whichever constraints theirs are.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import torch
 from torch import Tensor
 
 from holdfast.constraints import ConstraintKind
+from holdfast.constraints.in_place import HeldInPlace
 from holdfast.per_row import Dealt, Free, HoldPerRow, SetPerRow, StepperPerRow
 from holdfast.problem import Problem
 from holdfast.steppers import Stepper
 from holdfast.subspace import FeasibleSet
+from holdfast.timed import Stopwatch, TimedHold, TimedSet
 
 if TYPE_CHECKING:
     from holdfast.recovery import RecoverySpec
@@ -50,12 +55,18 @@ class Posed:
         acting = constraint.acting(problem)
         return cls(rows, acting, constraint.feasible(acting), constraint.stepper)
 
+    @property
+    def in_pass(self) -> bool:
+        """Whether its rows are kept where they belong by the forward pass."""
+        return isinstance(self.feasible, HeldInPlace)
+
 
 @dataclass(frozen=True)
 class Stack:
     """N rows, each under the constraint of its own search.
 
-    problem: with what constraints do in the forward pass; loose: without.
+    problem: with what constraints do in the forward pass; loose: without; clocks: of each search,
+    for what its constraint takes by itself: in sets, which others may share, and in the pass.
     """
 
     searches: tuple[Search, ...]
@@ -64,6 +75,7 @@ class Stack:
     posed: tuple[Posed, ...]
     feasible: FeasibleSet
     stepper: Stepper
+    clocks: tuple[tuple[Stopwatch, ...], ...]
 
     @classmethod
     def of(cls, problem: Problem, searches: Sequence[Search]) -> Stack:
@@ -87,14 +99,15 @@ class Stack:
         for index, kind in enumerate(distinct):
             rows = (owner == index).nonzero().flatten()
             posed.append(Posed.of(loose if len(distinct) == 1 else loose.rows(rows), rows, kind))
-        if len(posed) == 1:
-            (only,) = posed
-            problem, feasible = only.problem, only.feasible
-        else:
-            problem = _acting(loose, posed, owner)
-            feasible = SetPerRow(Dealt.to([part.feasible for part in posed], owner))
-        stepper = StepperPerRow.of([part.stepper for part in posed], owner)
-        return cls(tuple(searches), loose, problem, tuple(posed), feasible, stepper)
+        in_pass = Stopwatch()
+        sets = [in_pass if part.in_pass else Stopwatch() for part in posed]
+        holds = [Stopwatch(outer=clock) for clock in sets]
+        problem = posed[0].problem if len(posed) == 1 else _acting(loose, posed, owner, holds)
+        return cls(
+            tuple(searches), loose, problem, tuple(posed), _sets(problem, posed, owner, sets),
+            StepperPerRow.of([part.stepper for part in posed], owner),
+            tuple((sets[index], holds[index]) for index in number.tolist()),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.loose)
@@ -133,14 +146,47 @@ class Stack:
         return Stack._under(eased, self.loose, self.searches), there
 
 
-def _acting(loose: Problem, posed: Sequence[Posed], owner: Tensor) -> Problem:
+def _sets(
+    problem: Problem, posed: Sequence[Posed], owner: Tensor, clocks: Sequence[Stopwatch]
+) -> FeasibleSet:
+    """Of each constraint's rows its own set; but one of all that are held in the forward pass, as a
+    pass does to every row what the row's constraint wants. clocks: of each constraint, the same
+    where the set is."""
+    distinct = list(dict.fromkeys(clocks))
+    keeper = torch.as_tensor([distinct.index(clock) for clock in clocks], device=owner.device)
+    keeper = keeper[owner]
+    made: list[FeasibleSet] = []
+    for index, clock in enumerate(distinct):
+        own = [part for part, its in zip(posed, clocks, strict=True) if its is clock]
+        feasible = own[0].feasible
+        if len(own) > 1:
+            free = torch.zeros_like(owner)
+            for part in own:
+                free[part.rows] = part.feasible.dimension
+            rows = (keeper == index).nonzero().flatten()
+            feasible = HeldInPlace(problem.replay, free).rows(rows)
+        made.append(TimedSet(feasible, clock))
+    return made[0] if len(made) == 1 else SetPerRow(Dealt.to(made, keeper))
+
+
+def _acting(
+    loose: Problem, posed: Sequence[Posed], owner: Tensor, clocks: Sequence[Stopwatch]
+) -> Problem:
     """The rows of all constraints with what each of them does in the forward pass."""
     own = [part.problem.replay.hold for part in posed]
     sites = {site for holds in own for site in holds}
     if not sites:
         return loose
     hold = {
-        site: HoldPerRow(Dealt.to([holds.get(site, Free()) for holds in own], owner))
+        site: HoldPerRow(
+            Dealt.to(
+                [
+                    TimedHold(holds[site], clock) if site in holds else Free()
+                    for holds, clock in zip(own, clocks, strict=True)
+                ],
+                owner,
+            )
+        )
         for site in sites
     }
     return replace(loose, replay=replace(loose.replay, hold=hold))

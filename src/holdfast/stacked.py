@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from holdfast.attacks.residual import packed
 from holdfast.canonical import digest
 from holdfast.trial import Trial, setting_key
 
@@ -93,14 +94,24 @@ def stacked(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
     """Trials that are best run together, in the order of the first of each.
 
     Searches of one setting that differ in constraint, target, budget, goal or their own seed can be
-    rows of one batch, but for constraints with passes of their own, which share a batch with their
-    like alone, and controls with prompts or edits of their own. Who is searched beside whom does
-    not depend on where a study runs, but on which of its trials it is to run: `StackPlan`.
+    rows of one batch, but for controls with prompts or edits of their own. So can those of settings
+    that differ in the study's seed, and so in their prompts, where the clamped features do not go
+    by these; as many of such settings are run together as fill a batch with all prompts that they
+    may have, and the rest by other workers. Who is searched beside whom does not depend on where a
+    study runs, but on which of its trials it is to run: `StackPlan`.
     """
-    groups: dict[str, list[Trial]] = {}
+    order = {trial.id: index for index, trial in enumerate(trials)}
+    groups: dict[str, dict[str, list[Trial]]] = {}
     for trial in trials:
-        groups.setdefault(_stack_key(trial), []).append(trial)
-    return [tuple(group) for group in groups.values()]
+        settings = groups.setdefault(_stack_key(trial), {})
+        settings.setdefault(setting_key(trial, trial.subject), []).append(trial)
+    found = []
+    for settings in groups.values():
+        parts = list(settings.values())
+        for places in packed([len(part) * part[0].data.test for part in parts]):
+            own = [trial for place in places for trial in parts[place]]
+            found.append(tuple(sorted(own, key=lambda trial: order[trial.id])))
+    return sorted(found, key=lambda stack: order[stack[0].id])
 
 
 def _stack_key(trial: Trial) -> str:
@@ -109,14 +120,12 @@ def _stack_key(trial: Trial) -> str:
     if spec is None:
         return trial.id
     parts = trial.canonical()
-    n_sites = len(spec.perturb.sites) or len(trial.subject.saes)
-    alike = spec.constraint.repeats(n_sites) == (0, 0)
+    alike = ("subject", "data", "behavior", "discovery", "intervention", "attack")
     return digest(
         [
-            setting_key(trial, trial.subject),
-            parts["attack"],
+            *(parts[name] for name in alike),
+            trial.seed if trial.discovery.by_prompts else None,
             None if trial.control.alongside else [parts["control"], parts["twin"]],
-            None if alike else parts["recovery"]["constraint"],
             parts["recovery"]["perturb"],
             parts["recovery"].get("objective"),
             spec.order,

@@ -206,14 +206,13 @@ def _prepared(
     trial: Trial, lab: Lab, cases: dict[str, Case], ballast: bool
 ) -> Attacked | TrialResult:
     """What the trial's attack is given, or what there is to say where nothing is to be searched.
-    cases: those that other trials of the stack have made, by control."""
+    cases: those that other trials of the stack have made, by control and setting."""
     setting = lab.setting(trial, trial.subject)
-    key = digest(trial.canonical()["control"])
+    twin = trial.twin and setting_key(trial, trial.twin)
+    control = digest(trial.canonical()["control"])
+    key = digest([control, twin, setting_key(trial, trial.subject)])
     if key not in cases:
-        twin = trial.twin and setting_key(trial, trial.twin)
-        with lab.batching.part(
-            f"case {digest([key, twin, setting_key(trial, trial.subject)])[:16]}"
-        ):
+        with lab.batching.part(f"case {key[:16]}"):
             cases[key] = trial.control.case(setting, lambda: lab.twin_setting(trial))
     case = cases[key]
     setting = case.setting or setting

@@ -54,6 +54,7 @@ intervention = { kind = 'clamp', mode = 'set_where_active', value = -5.0 }
 'recovery.budget.relative' = [0.5]
 """
 WIDER = STUDY.replace("[0.5]", "[0.5, 0.4]")
+SEEDS = STUDY + "seed = [0, 1]\n"
 NARROWER = STUDY.replace("['gradient_projection', 'encoder_null']", "['encoder_null']")
 
 
@@ -124,6 +125,16 @@ def test_a_stack_that_was_cut_through_is_searched_as_it_was(
     assert stacks_in(folder) == stacks_in(whole)
     for record in RunFolder.read(folder).records():
         assert [record["run"]["batch_plan"]["stack"]] == stacks_in(folder)
+
+
+def test_prompts_of_two_seeds_are_searched_beside_each_other_again(tmp_path: Path) -> None:
+    run(tmp_path / "whole", SEEDS)
+    run_until(tmp_path / "cut", 5, SEEDS)
+    run(tmp_path / "cut", SEEDS)
+    trials = made(SEEDS).trials
+    assert {trial.seed for trial in trials} == {0, 1} and len(trials) == 8
+    assert stacks_in(tmp_path / "cut") == [[trial.id for trial in trials]]
+    assert found(tmp_path / "cut") == found(tmp_path / "whole")
 
 
 def test_it_is_the_company_that_makes_the_digits(whole: Path, tmp_path: Path) -> None:

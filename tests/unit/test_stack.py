@@ -24,8 +24,10 @@ from holdfast.errors import EmptyValidSetError
 from holdfast.executor import Runtime, execute
 from holdfast.per_row import Dealt, SetPerRow, StepperPerRow
 from holdfast.planning import plan
+from holdfast.polyhedron import Polyhedron
 from holdfast.problem import Lanes, Problem
 from holdfast.recovery import Recovery, RecoverySpec, Search, recover, recover_together
+from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.setting import Setting
 from holdfast.sites import Site
@@ -33,8 +35,10 @@ from holdfast.stack import Stack
 from holdfast.stacked import StackPlan, stacked
 from holdfast.steppers import Adam, Steepest
 from holdfast.study import bundled, parse
+from holdfast.subject import Subject
 from holdfast.subspace import Everything, Iterate
 from holdfast.testing import tiny_batch, tiny_subject
+from holdfast.timed import Stopwatch, shares
 from holdfast.trial import Ended, Lab, Trial, run_trial, run_trials, setting_key
 from tests.unit.recovered import features_at, set_up
 
@@ -46,16 +50,25 @@ ONE_SITE = (
 )  # fmt: skip
 """Constraints of one site, whose sets ask for no pass of their own."""
 
-APART = ("feature_hold", "feature_floor", "jacobian_null", "jacobian_probes")
-"""Constraints whose sets run the model themselves where several sites are held."""
+IN_PASS = ("feature_hold", "feature_floor", "one_sided", "undo_null")
+"""Constraints that are kept in the forward pass where several sites are held."""
+
+SEVERAL_SITES = (
+    "unconstrained", "gradient_projection", "random_subspace", *IN_PASS, "jacobian_null",
+    "jacobian_probes",
+)  # fmt: skip
+"""The last two run the model themselves, each in its own way."""
 
 
-def a_setting(sites: Sequence[Site]) -> Setting:
-    subject = tiny_subject(sites=sites)
+def a_setting(
+    sites: Sequence[Site], subject: Subject | None = None, seed: int = 0, value: float = -2.0
+) -> Setting:
+    """seed: of the prompts; value: what features are set to."""
+    subject = subject or tiny_subject(sites=sites)
     features = features_at(sites)
     banks = [FeatureBank.of(subject.sae(site), features) for site in sites]
-    clamps = tuple(FeatureEdit(bank, "set_where_active", -2.0) for bank in banks)
-    return set_up(subject, tiny_batch(subject, 6), features, clamps, gain=2.0)
+    clamps = tuple(FeatureEdit(bank, "set_where_active", value) for bank in banks)
+    return set_up(subject, tiny_batch(subject, 6, seed=seed), features, clamps, gain=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -167,21 +180,75 @@ def test_trials_that_differ_in_the_seed_of_the_search_are_one_stack() -> None:
     assert not any("seed" in t.canonical()["recovery"] for t in own["seed"] if t.recovery)
 
 
-@pytest.mark.parametrize("name", APART)
-def test_constraints_with_passes_of_their_own_climb_the_same_beside_their_like(
-    two_sites: Setting, name: str
+def test_trials_that_differ_in_their_prompts_are_one_stack_where_features_do_not_go_by_them() -> (
+    None
+):
+    trials = plan(parse(bundled("demo"))).trials
+    for audit, together in (("bottleneck", True), ("ioi", False)):
+        own = [t for t in trials if t.audit == audit and t.control.alongside]
+        assert len(stacked(own)) == 1 and own[0].discovery.by_prompts is not together
+        for n_prompts, fit in ((20, True), (200, False)):  # of six searches of each seed
+            data = own[0].data.model_copy(update={"test": n_prompts})
+            seeds = [
+                [trial.model_copy(update={"seed": seed, "data": data}) for trial in own]
+                for seed in (0, 1, 2)
+            ]
+            every = [trial for pair in zip(*seeds, strict=True) for trial in pair]
+            stacks = stacked(every)
+            assert [len(stack) for stack in stacks] == ([18] if together and fit else [6, 6, 6])
+            assert [t.id for t in stacks[0]] == [t.id for t in every if t in stacks[0]], "in order"
+
+
+def test_constraints_that_run_the_model_themselves_climb_the_same_beside_all_others(
+    two_sites: Setting,
 ) -> None:
-    spec = spec_of(name)
-    small = spec.model_copy(update={"budget": spec_of(name, 0.3).budget})
-    check_climbs([attacked(two_sites, spec), attacked(two_sites, spec, wrong=True),
-                  attacked(two_sites, small)])  # fmt: skip
+    members = [attacked(two_sites, spec_of(name), wrong) for name in SEVERAL_SITES
+               for wrong in (False, True)]  # fmt: skip
+    members.append(attacked(two_sites, spec_of("feature_hold", 0.3)))
+    assert len(_sharing(members)) == 1, "rows of one batch"
+    check_climbs(members)
 
 
-def test_what_acts_in_the_forward_pass_acts_on_its_own_rows_alone(two_sites: Setting) -> None:
-    """Beside a search without it and one under another: nothing forbids that, it only gains
-    little."""
-    names = ("unconstrained", "feature_hold", "feature_floor")
-    check_climbs([attacked(two_sites, spec_of(name)) for name in names])
+def test_a_vector_at_the_first_of_two_sites_is_held_beside_one_that_is_free(
+    two_sites: Setting,
+) -> None:
+    """Only the Jacobian holds what is above the vector: rows of its own, by a way of their own."""
+    at = {"perturb": {"sites": [str(SITES[0])]}}
+    names = ("jacobian_null", "gradient_projection", "unconstrained")
+    members = [attacked(two_sites, spec_of(name, **at), wrong) for name in names
+               for wrong in (False, True)]  # fmt: skip
+    check_climbs(members)
+    found = together(members)
+    for each, recovery in zip(members, found, strict=True):
+        by_itself = alone(each)
+        assert recovery.outcomes == by_itself.outcomes
+        assert torch.equal(recovery.null_dimension, by_itself.null_dimension)
+        torch.testing.assert_close(
+            recovery.smallest_norm, by_itself.smallest_norm, rtol=0.05, atol=0, equal_nan=True
+        )
+
+
+def test_what_is_held_in_the_forward_pass_shares_the_passes_that_put_it_there(
+    two_sites: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    plain = Replay.realized
+
+    def counted(self: Replay, delta: Tensor) -> Tensor:
+        rows.append(len(delta))
+        return plain(self, delta)
+
+    monkeypatch.setattr(Replay, "realized", counted)
+    members = [attacked(two_sites, spec_of(name)) for name in (*IN_PASS, "unconstrained")]
+    whole = stack_of(members)
+    started = 0.2 * torch.randn(whole.problem.shape)
+    few_steps(whole, started)
+    together = list(rows)
+    rows.clear()
+    each = whole.parts
+    for member, (_, own) in zip(members[:-1], each, strict=False):
+        few_steps(stack_of([member]), started[own])
+    assert len(together) < 0.5 * len(rows), "in fewer passes"
 
 
 def check_climbs(members: Sequence[Attacked]) -> None:
@@ -206,6 +273,29 @@ def few_steps(stack: Stack, start: Tensor) -> Ascent:
         torch.arange(n), start, torch.full((n,), 1e9), stack.problem.radius, torch.full((n,), 0.1)
     )
     return ascend(stack.problem, stack.feasible, climb, 3, stack.stepper)
+
+
+def test_prompts_of_two_seeds_under_one_clamp_find_what_they_find_alone(
+    one_site: Setting,
+) -> None:
+    """A clamp that was made twice is one, whatever else was measured of its features."""
+    other = a_setting(SITES[1:], one_site.subject, seed=1)
+    entries = tuple(e.model_copy(update={"median_active": 2.0}) for e in other.features.entries)
+    other = replace(other, features=other.features.model_copy(update={"entries": entries}))
+    members = [
+        attacked(setting, spec_of(name, 0.3), seed=seed)
+        for seed, setting in enumerate((one_site, other))
+        for name in ("encoder_null", "unconstrained")
+    ]
+    assert one_site.edits[0] is not other.edits[0]
+    assert _sharing(members) == [[0, 1, 2, 3]]
+    for each, (problem, recovery, _) in zip(members, _searched(members), strict=True):
+        assert problem.batch is each.case.batch and len(recovery.delta) == len(each.case.rows)
+        check_the_same(recovery, alone(each))
+    stronger = attacked(
+        a_setting(SITES[1:], one_site.subject, seed=1, value=-3.0), spec_of("encoder_null")
+    )
+    assert _sharing([*members, stronger]) == [[0, 1, 2, 3], [4]], "another clamp"
 
 
 def test_several_searches_of_forced_answers_are_stacked(one_site: Setting) -> None:
@@ -303,6 +393,59 @@ def test_a_success_ends_the_lanes_of_its_row_in_balls_as_large_and_no_others(
     assert torch.equal(apart.passes, ended.passes)
 
 
+# --- What each costs ------------------------------------------------------------------------------
+
+
+def test_a_search_pays_for_what_its_constraint_does_by_itself(
+    two_sites: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by a second whenever the model is run, and by ten whenever residuals
+    are put between two planes."""
+    now = [0.0]
+
+    def slow(kind: type, name: str, seconds: int) -> None:
+        plain = getattr(kind, name)
+
+        def counted(self: Any, *args: Any) -> Any:
+            now[0] += seconds
+            return plain(self, *args)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    slow(Replay, "_run", 1)
+    slow(Polyhedron, "retract", 10)
+    names = ("unconstrained", "feature_hold", "one_sided", "jacobian_probes")
+    members = [attacked(two_sites, spec_of(name)) for name in names]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    searched = dict(zip(names, _searched(members), strict=True))
+    own = {name: found.own_seconds for name, (_, found, _) in searched.items()}
+    lanes = {name: int(found.lane_steps.sum()) for name, (_, found, _) in searched.items()}
+    a_lane = {name: own[name] / lanes[name] for name in names}
+    assert own["unconstrained"] == 0, "it only runs in passes that all share"
+    assert a_lane["jacobian_probes"] > a_lane["feature_hold"] > 0
+    assert a_lane["one_sided"] > 10 * a_lane["feature_hold"], "the passes of one are the other's"
+    taken = {name: seconds for name, (_, _, seconds) in searched.items()}
+    assert sum(taken.values()) == pytest.approx(now[0])
+    beside = {name: (taken[name] - own[name]) / lanes[name] for name in names}
+    assert list(beside.values()) == pytest.approx([beside["unconstrained"]] * len(names))
+
+
+def test_a_clock_stands_still_while_one_within_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    outer = Stopwatch()
+    inner = Stopwatch(outer)
+    with outer.running():
+        now[0] += 1
+        with inner.running():
+            now[0] += 2
+    with inner.running():
+        now[0] += 4
+    assert (outer.seconds, inner.seconds) == (1, 6)
+    assert shares([[outer], [outer, inner], []], [1, 3, 5]) == pytest.approx([0.25, 6.75, 0])
+    assert shares([[outer]], [0]) == [0]
+
+
 # --- Rows and their owners ------------------------------------------------------------------------
 
 
@@ -352,8 +495,10 @@ def test_trials_are_stacked_that_differ_in_the_search_alone() -> None:
     assert ("ioi", *sorted(ioi)) in seen
     for control in ("no_clamp", "ignorant"):  # other edits, another subject
         assert ("ioi", ("encoder_null", control)) in seen
-    for name in ("feature_hold", "jacobian_probes"):
-        assert ("three_layers", *sorted((name, k) for k in both)) in seen
+    for audit in ("three_layers", "one_vector"):  # whatever runs the model itself within a step
+        own = {(t.label, t.control.kind) for t in trials if t.audit == audit}
+        assert {"jacobian_probes", "jacobian_null"} & {name for name, _ in own}
+        assert (audit, *sorted(own)) in seen
     for stack in stacks:
         if not stack[0].searches:
             assert len(stack) == 1

@@ -72,7 +72,7 @@ class Attacked:
 class TrialResult:
     """What a trial found: `result` of the record, the saved tensors, and rows for every prompt.
 
-    seconds: what the attack took; its share of what was done for several at once, by the lanes that
+    seconds: what the attack took; of what was done for several at once its share, by the lanes that
     were run. NaN where nobody looked.
     """
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast.attacks import Attacked, AttackKind, Listed, TrialResult
 from holdfast.batch import Batch
+from holdfast.by_value import same
 from holdfast.canonical import digest
 from holdfast.controls import Case
 from holdfast.edits import Perturbation
@@ -73,8 +74,9 @@ class Residual(AttackKind):
 
 
 def _searched(attacked: Sequence[Attacked]) -> Iterator[tuple[Problem, Recovery, float]]:
-    """All of them searched as rows of one batch: of each its problem, what was found, and its share
-    of the seconds, by the lanes that were run for it."""
+    """All of them searched as rows of one batch: of each its problem, what was found, and its
+    seconds: what its constraint took by itself, and of the rest its share, by the lanes that were
+    run for it."""
     clock = time.perf_counter()
     specs, cases = [_spec(each) for each in attacked], [each.case for each in attacked]
     searches = [
@@ -89,14 +91,14 @@ def _searched(attacked: Sequence[Attacked]) -> Iterator[tuple[Problem, Recovery,
     ):
         whole = pose_together(specs, cases)
         found = recover_together(whole, searches)
-    seconds = time.perf_counter() - clock
+    shared = time.perf_counter() - clock - sum(recovery.own_seconds for recovery in found)
     run = [int(recovery.lane_steps.sum()) for recovery in found]
     every = torch.arange(len(whole), device=whole.goal.device)
     parts = every.split([search.n for search in searches])
     for case, rows, recovery, lanes in zip(cases, parts, found, run, strict=True):
         own = whole if len(found) == 1 else whole.rows(rows)
         share = lanes / sum(run) if sum(run) else 1 / len(found)
-        yield replace(own, batch=case.batch), recovery, share * seconds
+        yield replace(own, batch=case.batch), recovery, recovery.own_seconds + share * shared
 
 
 def _spec(attacked: Attacked) -> RecoverySpec:
@@ -156,8 +158,8 @@ def pose(spec: RecoverySpec, case: Case) -> Problem:
 
 
 def pose_together(specs: Sequence[RecoverySpec], cases: Sequence[Case]) -> Problem:
-    """The rows of several cases, one after another, as one problem: the same prompts under the same
-    edits, perturbed at the same sites and positions, to goals and budgets of their own."""
+    """The rows of several cases, one after another, as one problem: prompts under the same edits,
+    perturbed at the same sites and as many positions, to goals and budgets of their own."""
     spec, case = specs[0], cases[0]
     sites = _sites(spec, case)
     clamp_first = spec.order == "clamp_then_perturbation"
@@ -196,25 +198,33 @@ def pose_together(specs: Sequence[RecoverySpec], cases: Sequence[Case]) -> Probl
 
 def _sharing(attacked: Sequence[Attacked]) -> list[list[int]]:
     """Which of them can be rows of one batch, in order: alike in what a pass is made of and in how
-    long they search, under constraints that may share their steps, and no more rows than fill it.
+    long they search, under any constraints, and no more rows than fill it.
     """
-    groups: dict[Any, list[int]] = {}
+    groups: dict[Any, list[list[int]]] = {}
     for index, each in enumerate(attacked):
         case, spec = each.case, _spec(each)
-        kind, n_sites = spec.constraint, len(_sites(spec, case))
-        apart = None if kind.repeats(n_sites) == (0, 0) else kind
         key = (
-            id(case.subject), tuple(map(id, case.edits)), id(case.features),
-            id(case.batch.readout), case.batch.forced is None, case.batch.n_read,
-            _positions(spec, case).shape[1], spec.perturb, spec.order, spec.pace,
-            spec.objective, apart,
+            id(case.subject), id(case.batch.readout), case.batch.forced is None, case.batch.n_read,
+            _positions(spec, case).shape[1], spec.perturb, spec.order, spec.pace, spec.objective,
         )  # fmt: skip
-        groups.setdefault(key, []).append(index)
+        under = groups.setdefault(key, [])
+        beside = next((own for own in under if _same_clamp(case, attacked[own[0]].case)), None)
+        if beside is None:
+            under.append([index])
+        else:
+            beside.append(index)
     return [
         [members[place] for place in batch]
-        for members in groups.values()
+        for under in groups.values()
+        for members in under
         for batch in packed([len(attacked[member].case.rows) for member in members])
     ]
+
+
+def _same_clamp(one: Case, other: Case) -> bool:
+    """Whether rows of both can be run in one pass, and held: prompts of another seed may be under
+    the same clamp. What else is known of features, such as scores, is each case's own."""
+    return one.features.ids == other.features.ids and same(one.edits, other.edits)
 
 
 def packed(counts: Sequence[int]) -> list[list[int]]:

@@ -48,6 +48,11 @@ class DiscoveryKind(Kind):
         return ()
 
     @property
+    def by_prompts(self) -> bool:
+        """Whether what it finds depends on the prompts that it is given."""
+        return True
+
+    @property
     def reads_whole(self) -> bool:
         """Whether it runs the whole SAE, with gradients, on the fit split: what a forecast counts
         on unless a kind says that it does not."""

@@ -50,6 +50,10 @@ class Given(DiscoveryKind):
         return tuple(dict.fromkeys(Site.parse(entry.site) for entry in self.features))
 
     @property
+    def by_prompts(self) -> bool:
+        return False
+
+    @property
     def reads_whole(self) -> bool:
         return False
 

@@ -211,7 +211,8 @@ class Scene:
 def among(scene: Scene, stack: Sequence[Trial]) -> Scene:
     """The scene in the batch that its trial is searched in, of a stack's trials.
 
-    All of a stack have the same prompts, and are taken to be searched on all of them.
+    All of a stack have as many prompts, and are taken to be searched on all of them, as rows of
+    as few batches as hold them.
     """
     if not scene.trial.searches:
         return scene

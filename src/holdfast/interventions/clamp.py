@@ -14,7 +14,7 @@ from holdfast.batch import Batch, Frame
 from holdfast.config import Config
 from holdfast.edits import Edit, FeatureEdit
 from holdfast.errors import FeatureError, StudyError
-from holdfast.features import FeatureSet, SiteFeatures
+from holdfast.features import FeatureSet, SiteFeatures, ids_of
 from holdfast.gates import DirectionGate, Gate, PromptGate, Sensor
 from holdfast.interventions import InterventionKind
 from holdfast.positions import Where, selected
@@ -311,10 +311,10 @@ class Clamp(InterventionKind):
                 f"the clamp lists the values {list(self.value)} to choose from; take one of its "
                 "`candidates()`"
             )
-        if self.features and _ids(self.features) != _ids(features.entries):
+        if self.features and ids_of(self.features) != ids_of(features.entries):
             raise FeatureError(
-                f"the clamp names its own features, {_ids(self.features)}, and was given "
-                f"{_ids(features.entries)}; give what `clamped` returns"
+                f"the clamp names its own features, {ids_of(self.features)}, and was given "
+                f"{ids_of(features.entries)}; give what `clamped` returns"
             )
         if self.condition is not None and len(features.sites) > 1:
             raise StudyError(
@@ -370,11 +370,6 @@ class Clamp(InterventionKind):
                 )
             values[row, : len(measured)] = factor * torch.as_tensor(measured)
         return values
-
-
-def _ids(entries: tuple[SiteFeatures, ...]) -> dict[tuple[str, str], tuple[int, ...]]:
-    """(site, group) → feature ids."""
-    return {(entry.site, entry.group): entry.ids for entry in entries}
 
 
 def _bank(subject: Subject, site: Site, ids: tuple[int, ...]) -> FeatureBank:
