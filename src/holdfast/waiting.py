@@ -28,9 +28,9 @@ def waits(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def perhaps(some: Tensor, rounds: int = 0, most: int = 8) -> bool:
+def perhaps(some: Tensor) -> bool:
     """Whether `some` [...] bool may hold somewhere: True where the device is not asked."""
-    return not due(rounds, some.device, most) or bool(some.any())
+    return waits(some.device) or bool(some.any())
 
 
 class Behind:
@@ -46,6 +46,11 @@ class Behind:
             return values.numpy()
         before, self._asked = self._asked, _Asked.of(values)
         return None if before is None else before.answer()
+
+    def none(self, some: Tensor) -> bool:
+        """Whether it is known that `some` [...] bool holds nowhere any more."""
+        known = self.read(some)
+        return known is not None and not known.any()
 
     def forget(self) -> None:
         """What was asked last is of rows that are gone: the next answer is as of a first."""
@@ -74,15 +79,3 @@ class _Asked:
         if self.event is not None:
             self.event.synchronize()
         return np.asarray(self.values)
-
-
-LOOK, PASSES = 8, 2
-
-
-def looks(device: torch.device) -> int:
-    return LOOK if waits(device) else 1
-
-
-def due(rounds: int, device: torch.device, most: int = LOOK) -> bool:
-    every = min(looks(device), most)
-    return every == 1 or (rounds > 0 and rounds % every == 0)

@@ -13,7 +13,7 @@ from holdfast.jacobian.offsets import Coordinates
 from holdfast.jacobian.restoration import SHRINK, SLACK
 from holdfast.problem import TINY
 from holdfast.subspace import Iterate, into_ball, norms
-from holdfast.waiting import PASSES, perhaps
+from holdfast.waiting import Behind
 
 CHORDS = 20
 """Most corrections of an iterate before it is measured against its ball."""
@@ -110,14 +110,14 @@ class Chords:
         smallest = torch.full((len(x),), torch.inf, device=x.device)
         stalls = torch.zeros(len(x), dtype=torch.long, device=x.device)
         own, renewed = self, torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        learned = Learned()
+        learned, behind = Learned(), Behind()
         for rounds in range(CHORDS + 1):
             value, held = self.coordinates.moved(x)
             largest = held.abs().amax((1, 2))
             good = largest <= self.tolerance
             stalls = stalls + ~(largest <= FALLS * smallest)
             going = ~good & torch.isfinite(largest) & (stalls <= STALLS)
-            if not perhaps(going, rounds, PASSES):
+            if behind.none(going):
                 break
             smallest = torch.minimum(smallest, largest)
             slow = going & (stalls == RENEW) & ~renewed

@@ -12,6 +12,7 @@ from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.jacobian.frame import Frame
 from holdfast.jacobian.offsets import Coordinates
 from holdfast.subspace import Iterate, norms
+from holdfast.waiting import perhaps
 
 NEAR = 0.1
 """How far from an iterate J may have been made, as a share of the residual's norm."""
@@ -82,6 +83,8 @@ class Framed:
         jumps = left & (bend < LEAP)
         for trying, length in ((jumps, torch.ones_like(share)), *((left, c * share) for c in CUTS)):
             rows = (trying & left).nonzero().flatten()
+            if not len(rows) and trying is left:
+                break
             if len(rows):
                 trial = last.delta[rows] + length[rows, None, None] * step[rows]
                 point, kept = chords.rows(rows).back(trial, radius[rows])
@@ -91,8 +94,7 @@ class Framed:
 
     def _inward(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor | None:
         """Along what steps that lead out of the ball are taken back into it."""
-        over = norms(delta).flatten() > radius
-        if not over.any():
+        if not perhaps(norms(delta).flatten() > radius):
             return None
         return self.coordinates.inward(self.frame, last.delta)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from holdfast.jacobian.linearized import Linearized
 from holdfast.jacobian.preconditioners import Preconditioner
 from holdfast.problem import TINY
-from holdfast.waiting import PASSES, perhaps
+from holdfast.waiting import Behind
 
 LEFT = 0.1
 """Share of what moves features that may be left in a direction; the restoration takes it away."""
@@ -61,11 +61,12 @@ def conjugate_gradients(
     y, r = torch.zeros_like(b), b
     z = near.solve(r)
     p, rz = z, _dot(r, z)
-    for rounds in range(MAX_ITERATIONS):
+    behind = Behind()
+    for _ in range(MAX_ITERATIONS):
         going = (r.abs().amax((1, 2)) > goal)[:, None, None]
         if most is not None:
             going = going & (rz > most.square()[:, None, None])
-        if not perhaps(going, rounds, PASSES):
+        if behind.none(going):
             break
         q = here.push(here.pull(p))
         curvature = _dot(p, q)

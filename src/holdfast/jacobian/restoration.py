@@ -10,7 +10,7 @@ from holdfast.jacobian.linearized import Linearized
 from holdfast.jacobian.null_space import correction
 from holdfast.jacobian.preconditioners import Preconditioner
 from holdfast.subspace import into_ball, norms
-from holdfast.waiting import PASSES, due, perhaps
+from holdfast.waiting import Behind, waits
 
 ROUNDS = 10
 """Most corrections of one restoration."""
@@ -38,7 +38,8 @@ def restore(
     lanes = torch.arange(n, device=device)
     smallest = torch.full((n,), torch.inf, device=device)
     excesses, stalls = torch.zeros(2, n, dtype=torch.long, device=device)
-    for rounds in range(ROUNDS + 1):
+    behind = Behind()
+    for _ in range(ROUNDS + 1):
         over = norms(delta).flatten() > radius * (1 + SLACK)
         excesses = excesses + over
         # Scaling moves features again, so each time a little more room is made for the correction.
@@ -49,7 +50,7 @@ def restore(
         out[lanes], kept[lanes] = delta, good
         stalls = stalls + ~(here.held <= 0.5 * smallest)
         going = ~good & torch.isfinite(here.held) & (stalls <= STALLS)
-        if not perhaps(going, rounds, PASSES):
+        if behind.none(going):
             break
         # The next violation is about the square of this one, however well the linear map is solved.
         largest = here.value.abs().amax((1, 2))
@@ -57,7 +58,7 @@ def restore(
         step = correction(here, near, torch.where(going, goal, torch.inf))
         delta = torch.where(going[:, None, None], delta - step, delta)
         smallest = torch.minimum(smallest, here.held)
-        if due(rounds, device, PASSES) and not going.all():
+        if not waits(device) and not going.all():
             rows = going.nonzero().flatten()
             features, near, lanes = features.rows(rows), near.rows(rows), lanes[rows]
             delta, radius, smallest = delta[rows], radius[rows], smallest[rows]

@@ -89,10 +89,12 @@ class Settled:
         out, left = torch.zeros_like(u), u
         slope = across(left)
         p, size = slope, _dot(slope, slope)
-        for _ in range(STEPS):
+        for step in range(STEPS):
             (along,) = torch.autograd.grad(pulled, y, p, retain_graph=True)
             length = size / _dot(along, along).clamp_min(TINY)
             out, left = out + length * along, left - length * along
+            if step + 1 == STEPS:
+                break
             slope = across(left)
             following = _dot(slope, slope)
             p, size = slope + following / size.clamp_min(TINY) * p, following
