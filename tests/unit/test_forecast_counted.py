@@ -221,7 +221,7 @@ FEW = {"fit": 20, "tune": 5, "test": 3}
 def to_the_end() -> Iterator[None]:
     """Answers are generated for as long as they may be, as forecasts take them to be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subjects, "perhaps", lambda *args: True)
+        patch.setattr(subjects.Behind, "read", lambda self, values: None)
         yield
 
 
