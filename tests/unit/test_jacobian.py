@@ -61,6 +61,7 @@ from holdfast.testing import (
     tiny_tokenizer,
 )
 from holdfast.verify import Checks, verify
+from tests.waits import pretend
 
 SITES = (Site(1), Site(2), Site(3))
 IDS = {Site(1): (3, 7, 20), Site(2): (1, 5, 9, 30), Site(3): (2, 11)}
@@ -530,6 +531,24 @@ def test_a_row_alone_is_what_it_is_in_a_batch(which: str, request: pytest.Fixtur
         # Corrections stop within the tolerance: rounding may end them a round earlier.
         apart = (own - whole[row]).norm(dim=(1, 2)) / whole[row].norm(dim=(1, 2))
         assert apart.max() < 0.02
+
+
+def test_only_what_leads_out_of_its_ball_is_taken_back_along_the_set(
+    settled: tuple[Problem, Framed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stands beside it, and where nobody asks whether any does."""
+    problem, level = settled
+    delta, zero = somewhere(problem, 0.2), Iterate(0.1 * somewhere(problem, 0.2))
+    out = torch.arange(N) % 2 == 0
+    radius = delta.norm(dim=(1, 2)) * torch.where(out, 0.5, 2.0)
+    whole = level._inward(delta, radius, zero)
+    assert whole is not None
+    assert torch.equal(whole.abs().amax((1, 2)) > 0, out)
+    few = level.rows(torch.tensor([1, 3]))
+    assert few._inward(delta[[1, 3]], radius[[1, 3]], zero.rows(torch.tensor([1, 3]))) is None
+    pretend(monkeypatch, True)
+    unasked = few._inward(delta[[1, 3]], radius[[1, 3]], zero.rows(torch.tensor([1, 3])))
+    assert unasked is not None and not unasked.any()
 
 
 @pytest.mark.parametrize("mode", ["multiply", "set_where_active"])
