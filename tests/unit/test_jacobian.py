@@ -16,6 +16,7 @@ from holdfast.batch import Batch
 from holdfast.constraints import ConstraintKind
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.feature_hold import FeatureHold
+from holdfast.constraints.in_place import HeldInPlace
 from holdfast.constraints.jacobian_null import JacobianNull
 from holdfast.constraints.jacobian_probes import JacobianProbes
 from holdfast.edits import FeatureEdit, Perturbation
@@ -375,6 +376,19 @@ def test_where_every_slot_is_perturbed_the_rest_is_taken_away_in_place(
     way = [(x - delta).norm(dim=(1, 2)) for x in (point, other, level.in_place.retract(delta))]
     assert (way[0] <= 1.2 * way[1]).all(), "about the shortest way"
     assert (way[0] < way[2]).all(), "which is not what feature_hold takes"
+
+
+def test_what_cannot_be_put_into_its_ball_in_place_stays(
+    deep: Subject, prompts: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = posed(deep, prompts, clamps_of(banks_of(deep)), back=3, width=3)
+    level = JacobianNull().feasible(problem)
+    last = level.inside(somewhere(problem, 0.3), problem.radius, Iterate.zero(somewhere(problem)))
+    monkeypatch.setattr("holdfast.constraints.in_place.MAX_ROUNDS", 0)
+    monkeypatch.setattr(HeldInPlace, "retract", lambda self, delta: 30 * delta)
+    far = last + somewhere(problem, 0.5, seed=1)
+    point = level.inside(far, problem.radius, Iterate(last))
+    assert torch.equal(point, last) and point.any()
 
 
 BETWEEN = 4000
