@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from holdfast import ascent, gates, polyhedron, waiting
+from holdfast.jacobian import restoration
 
 _WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique",
           "unique_dim", "unique_consecutive", "isin", "_linalg_check_errors")  # fmt: skip
@@ -66,5 +67,5 @@ def _noting(waits: Waits, name: str, do: Any) -> Any:
 
 def pretend(patch: pytest.MonkeyPatch, waits: bool) -> None:
     """The CPU is read as if the host had to wait for it, or as it is."""
-    for module in (waiting, ascent, gates, polyhedron):
+    for module in (waiting, ascent, gates, polyhedron, restoration):
         patch.setattr(module, "waits", lambda device: waits)

@@ -111,7 +111,8 @@ def plan_(
             [
                 f"Not all datasets could be read, so every prompt is taken to have {PROMPT_TOKENS} "
                 f"tokens; --prompt-tokens says otherwise. {error}"
-            ]
+            ],
+            stderr=True,
         )
     if json_:
         print(json.dumps(as_json(forecasts), indent=1))

@@ -112,9 +112,9 @@ class PromptGate:
         return frame.decided[id(self)][1][:, None].expand(frame.positions.shape)
 
     def _prompt(self, frame: Frame) -> tuple[Tensor, Tensor] | None:
-        """Which tokens count [b s], and for which prompts these are theirs [b]; None for a pass
-        over what comes after them. A device that has to be waited for is asked of the first pass
-        alone, not once a token of an answer."""
+        """Which tokens count [b s], and which prompts are here as a whole [b]; None for a pass over
+        what comes after them. A device that has to be waited for is asked of the first pass alone,
+        not once a token of an answer."""
         here = selected("prompt", True, frame).sum(1)
         if id(self) not in frame.decided or not waits(here.device):
             if not here.any():
@@ -124,7 +124,7 @@ class PromptGate:
                     f"the clamp at {self.bank.site} acts {self.words}, and this pass is over a "
                     "part of a prompt; give the whole prompt in one call"
                 )
-        return selected("prompt", self.include_bos, frame), here > 0
+        return selected("prompt", self.include_bos, frame), here == frame.prompt_length
 
     def to(self, device: torch.device | str) -> PromptGate:
         return replace(self, bank=self.bank.to(device))

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 LEVEL = {"error": "bold red", "fault": "bold red", "caution": "yellow"}
 
 
-def console(width: int = 132) -> Console:
+def console(width: int = 132, stderr: bool = False) -> Console:
     """width: in a log, where there is no terminal to ask, and 80 columns would fold every table."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=width)
+    out = Console(highlight=False, stderr=stderr)
+    return out if out.is_terminal else Console(highlight=False, stderr=stderr, width=width)
 
 
 @contextmanager
@@ -71,9 +71,10 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-def note(lines: Sequence[str]) -> None:
+def note(lines: Sequence[str], stderr: bool = False) -> None:
+    """stderr: beside an output that programs read."""
     for line in lines:
-        console().print(line, style="dim", markup=False, soft_wrap=True)
+        console(stderr=stderr).print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def say_where(path: Path) -> None:

@@ -66,7 +66,7 @@ class _Asked:
 
     @classmethod
     def of(cls, values: Tensor) -> _Asked:
-        if not torch.accelerator.is_available():  # a device that is only pretended
+        if values.device.type == "cpu" or not torch.accelerator.is_available():  # pretended
             return cls(values.to("cpu", copy=True), None)
         # Only into pinned memory is a copy made beside what both sides do.
         copy = torch.empty_like(values, device="cpu", pin_memory=True)

@@ -817,7 +817,9 @@ def test_a_study_of_a_real_model_needs_no_data(
     assert said.code == 0 and "Of all operations: " in said.out + said.err
     noted = said.out + said.err
     assert ("Not all datasets could be read" in noted) is (not given)
-    assert given or ("--prompt-tokens" in noted and "the hub gave" in noted)
+    assert given or ("--prompt-tokens" in said.err and "the hub gave" in said.err)
+    asked = holdfast("plan", name, "--gpu", "h100", "--set", model, "--json", *given)
+    assert json.loads(asked.out)["trials"], "whatever is noted is no part of it"
     wrong = holdfast("plan", name, "--set", model, "--set", "recovery.budget.relative=-1")
     assert wrong.code == 2 and "budget" in wrong.err and "the hub gave" not in wrong.err
 

@@ -16,6 +16,7 @@ from holdfast.batch import Batch
 from holdfast.constraints import ConstraintKind
 from holdfast.constraints.encoder_null import EncoderNull
 from holdfast.constraints.feature_hold import FeatureHold
+from holdfast.constraints.in_place import HeldInPlace
 from holdfast.constraints.jacobian_null import JacobianNull
 from holdfast.constraints.jacobian_probes import JacobianProbes
 from holdfast.edits import FeatureEdit, Perturbation
@@ -61,6 +62,7 @@ from holdfast.testing import (
     tiny_tokenizer,
 )
 from holdfast.verify import Checks, verify
+from tests.waits import pretend
 
 SITES = (Site(1), Site(2), Site(3))
 IDS = {Site(1): (3, 7, 20), Site(2): (1, 5, 9, 30), Site(3): (2, 11)}
@@ -376,6 +378,19 @@ def test_where_every_slot_is_perturbed_the_rest_is_taken_away_in_place(
     assert (way[0] < way[2]).all(), "which is not what feature_hold takes"
 
 
+def test_what_cannot_be_put_into_its_ball_in_place_stays(
+    deep: Subject, prompts: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = posed(deep, prompts, clamps_of(banks_of(deep)), back=3, width=3)
+    level = JacobianNull().feasible(problem)
+    last = level.inside(somewhere(problem, 0.3), problem.radius, Iterate.zero(somewhere(problem)))
+    monkeypatch.setattr("holdfast.constraints.in_place.MAX_ROUNDS", 0)
+    monkeypatch.setattr(HeldInPlace, "retract", lambda self, delta: 30 * delta)
+    far = last + somewhere(problem, 0.5, seed=1)
+    point = level.inside(far, problem.radius, Iterate(last))
+    assert torch.equal(point, last) and point.any()
+
+
 BETWEEN = 4000
 """Numbers of a kept J, between those for later tokens and all of them in the next problem."""
 
@@ -530,6 +545,24 @@ def test_a_row_alone_is_what_it_is_in_a_batch(which: str, request: pytest.Fixtur
         # Corrections stop within the tolerance: rounding may end them a round earlier.
         apart = (own - whole[row]).norm(dim=(1, 2)) / whole[row].norm(dim=(1, 2))
         assert apart.max() < 0.02
+
+
+def test_only_what_leads_out_of_its_ball_is_taken_back_along_the_set(
+    settled: tuple[Problem, Framed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stands beside it, and where nobody asks whether any does."""
+    problem, level = settled
+    delta, zero = somewhere(problem, 0.2), Iterate(0.1 * somewhere(problem, 0.2))
+    out = torch.arange(N) % 2 == 0
+    radius = delta.norm(dim=(1, 2)) * torch.where(out, 0.5, 2.0)
+    whole = level._inward(delta, radius, zero)
+    assert whole is not None
+    assert torch.equal(whole.abs().amax((1, 2)) > 0, out)
+    few = level.rows(torch.tensor([1, 3]))
+    assert few._inward(delta[[1, 3]], radius[[1, 3]], zero.rows(torch.tensor([1, 3]))) is None
+    pretend(monkeypatch, True)
+    unasked = few._inward(delta[[1, 3]], radius[[1, 3]], zero.rows(torch.tensor([1, 3])))
+    assert unasked is not None and not unasked.any()
 
 
 @pytest.mark.parametrize("mode", ["multiply", "set_where_active"])

@@ -210,6 +210,22 @@ def test_the_budget_binds_what_is_really_added(
     assert relative_violation(problem, inside, torch.arange(len(prompts))).max() < 1e-6
 
 
+def test_what_fits_after_no_scaling_stays_where_it_was(
+    deep: Subject, prompts: Batch, banks: Any, clamps: tuple[FeatureEdit, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    problem = FeatureHold().acting(posed(deep, prompts, banks, clamps))
+    sets, radius = FeatureHold().feasible(problem), problem.radius
+    zero = Iterate.zero(torch.zeros(problem.shape))
+    last = sets.inside(torch.randn(problem.shape), radius, zero)
+    monkeypatch.setattr("holdfast.constraints.in_place.MAX_ROUNDS", 0)
+    far = 30 * torch.randn(problem.shape)
+    assert torch.equal(sets.inside(far, radius, Iterate(last)), last)
+    assert not sets.inside(far, 0.5 * last.norm(dim=(1, 2)), Iterate(last)).any(), (
+        "but not where that is outside of the ball too"
+    )
+
+
 def test_with_one_layer_it_is_encoder_null(
     deep: Subject, prompts: Batch, banks: dict[Site, FeatureBank], clamps: tuple[FeatureEdit, ...]
 ) -> None:

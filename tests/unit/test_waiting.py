@@ -445,6 +445,19 @@ def test_a_condition_on_the_prompt_is_decided_by_it_alone_where_nobody_asks(
     assert not torch.equal(made[0], subject.generate(batch, (), 9)), "the fixture: it acts"
 
 
+def test_where_nobody_asks_a_part_of_a_prompt_decides_nothing(
+    subject: Subject, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = clamps(subject, "gated by the prompt")[0]
+    assert isinstance(edit, FeatureEdit) and isinstance(edit.gate, PromptGate)
+    x, frame = torch.randn(*batch.tokens.shape, 32), batch.frame()
+    gate, part = replace(edit.gate, share=0.0), slice(-2, None)
+    pretend(monkeypatch, True)
+    decided = gate.opens(x, frame)[:, 0]
+    assert decided.any(), "the fixture"
+    assert torch.equal(gate.opens(torch.zeros_like(x[:, part]), frame.columns(part))[:, 0], decided)
+
+
 def test_logits_that_are_not_finite_are_still_an_error(
     subject: Subject, batch: Batch, far: None
 ) -> None:

@@ -93,10 +93,11 @@ class Framed:
         return out
 
     def _inward(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor | None:
-        """Along what steps that lead out of the ball are taken back into it."""
-        if not perhaps(norms(delta).flatten() > radius):
-            return None
-        return self.coordinates.inward(self.frame, last.delta)
+        """Along what steps that lead out of the ball are taken back into it; 0 for others."""
+        over = norms(delta).flatten() > radius
+        along = self.coordinates.inward(self.frame, last.delta) if perhaps(over) else None
+        # The others are scaled, should their way back lead out: as if they stood by themselves.
+        return None if along is None else torch.where(over[:, None, None], along, 0.0)
 
     def _framed(self, delta: Tensor, most: float) -> Framed:
         away = self.frame.distance(delta) > most * self.size

@@ -63,7 +63,7 @@ class Level:
         own = self
         for halving in range(HALVINGS + 1):
             trial = last.delta[todo] + step[todo] / 2**halving
-            point, kept = own._restored(trial, radius[todo])
+            point, kept = own._restored(trial, radius[todo], last.rows(todo))
             out[todo] = torch.where(kept[:, None, None], point, out[todo])
             again = (~kept).nonzero().flatten()
             if not len(again):
@@ -72,13 +72,13 @@ class Level:
             own = self.rows(todo)
         return out
 
-    def _restored(self, trial: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    def _restored(self, trial: Tensor, radius: Tensor, last: Iterate) -> tuple[Tensor, Tensor]:
         if self.in_place is None:
             return restore(self.features, self.near, trial, radius, self.tolerance)
         trial = into_ball(trial, radius)
         here = Linearized(self.features, trial)
         trial = trial - correction(here, self.near, LEFT * here.value.abs().amax((1, 2)))
-        point = self.in_place.inside(trial, radius, Iterate.zero(trial))
+        point = self.in_place.inside(trial, radius, last)
         with torch.no_grad():
             held = self.features(point)[1].abs().amax((1, 2))
         short = norms(point).flatten() <= radius * (1 + SLACK)
