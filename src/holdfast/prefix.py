@@ -95,12 +95,28 @@ class ConstantCache(PrefixCache):
 
 
 _read: ContextVar[PrefixCache] = ContextVar("prefix that the blocks of this replay attend to")
+_formula: ContextVar[bool] = ContextVar("attention is computed from its formula", default=False)
+
+
+@contextmanager
+def by_formula() -> Iterator[None]:
+    """Replays inside compute attention from its formula also where there is no prefix, so that they
+    can be differentiated twice: fused kernels have no derivative of their backward pass.
+
+    torch's own switch is the whole process's: what other threads compute meanwhile would change.
+    """
+    token = _formula.set(True)
+    try:
+        yield
+    finally:
+        _formula.reset(token)
 
 
 @contextmanager
 def attending(model: Any, cache: PrefixCache) -> Iterator[None]:
-    """The model's blocks attend to `cache` and to what they compute; without a prefix, as ever."""
-    if cache.empty:
+    """The model's blocks attend to `cache` and to what they compute; without a prefix as ever, or
+    `by_formula`."""
+    if cache.empty and not _formula.get():
         yield
         return
     from transformers import AttentionInterface
@@ -130,12 +146,18 @@ def attend(
     """Attention [n s h d_head] of queries [n h s d_head] over the prefix and over keys and values
     [n g s d_head], g of them shared by the h heads.
 
-    attention_mask: None for a single query that sees everything, else [n 1 s s₀+s], bool or
-    additive. Softmax in float32, as the families' own formula has it.
+    attention_mask: None for a single query that sees everything, or where nothing is before and
+    each sees those up to itself; else [n 1 s s₀+s], bool or additive. Softmax in float32, as the
+    families' own formula has it.
     """
-    keys, values = _read.get().of(int(module.layer_idx))  # type: ignore[arg-type]
-    keys, values = keys.to(query.device), values.to(query.device)  # if all rows are run at once
-    n, h, s, d = query.shape
+    cache, (n, h, s, d) = _read.get(), query.shape
+    if cache.empty:
+        keys, values = key[:, :, :0], value[:, :, :0]
+        if attention_mask is None and s > 1:
+            attention_mask = torch.ones(s, s, dtype=torch.bool, device=query.device).tril()
+    else:
+        keys, values = cache.of(int(module.layer_idx))  # type: ignore[arg-type]
+        keys, values = keys.to(query.device), values.to(query.device)  # if all rows are run at once
     groups, before = key.shape[1], keys.shape[2]
     # Heads that share keys stand next to each other: their queries are rows of one product.
     folded = query.reshape(n, groups, -1, d)

@@ -25,7 +25,7 @@ from holdfast.errors import EditError, SubjectError
 from holdfast.families import FAMILIES, Family, d_model_of, family_of
 from holdfast.gates import DirectionGate, Sensor
 from holdfast.hooks import AttachedEdits
-from holdfast.prefix import PrefixCache
+from holdfast.prefix import PrefixCache, by_formula
 from holdfast.problem import Problem
 from holdfast.replay import Replay
 from holdfast.sites import Site
@@ -494,3 +494,31 @@ def test_discrete_routing_is_flagged_where_there_is_a_router() -> None:
     for name, family in FAMILIES.items():
         modules = family_subject(name, family.attention[0]).model.modules()
         assert family.moe == any("Router" in type(module).__name__ for module in modules), name
+
+
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (5, 14, 8, 11)], ids=["alike", "ragged"])
+@pytest.mark.parametrize(
+    ("family", "attention"), [(name, own) for name in TINY for own in FAMILIES[name].attention]
+)
+def test_attention_from_its_formula_is_the_familys_own_and_has_second_derivatives(
+    family: str, attention: str, lengths: tuple[int, ...]
+) -> None:
+    """Of whole sequences too, with rows of different length; and no switch of the whole process is
+    turned, which would change what other threads compute meanwhile."""
+    subject = family_subject(family, attention)
+    batch = prompts(subject, lengths)
+    positions = torch.zeros(len(batch), 1, dtype=torch.long)
+    replay = Replay.record(subject, batch, Site(1), positions)
+    assert replay.cache.empty
+    delta = torch.randn(len(batch), 1, replay.base.shape[-1], requires_grad=True)
+    switches = [torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()]
+    usual = replay.logits(delta)
+    with by_formula():
+        assert switches == [
+            torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+        ]  # fmt: skip
+        formula = replay.logits(delta)
+    torch.testing.assert_close(formula, usual, rtol=1e-5, atol=1e-5)
+    (first,) = torch.autograd.grad(formula.square().sum(), delta, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), delta)
+    assert second.abs().max() > 0

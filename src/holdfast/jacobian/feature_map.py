@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from holdfast.edits import FeatureEdit
+from holdfast.prefix import by_formula
 from holdfast.problem import TINY, Problem
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
@@ -142,12 +142,9 @@ class FeatureMap:
 def suffix_states(
     replay: Replay, delta: Tensor, sites: Sequence[Site]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Residuals [n s d_model] of some sites before and after their edits, differentiable twice.
-
-    The fused attention kernels have no derivative of their backward pass, from which products with
-    J are made, so attention is computed from its formula here.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
+    """Residuals [n s d_model] of some sites before and after their edits, differentiable twice:
+    from the backward pass products with J are made."""
+    with by_formula():
         return list(replay.suffix(delta, sites).values())
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from holdfast.constraints.feature_hold import FeatureHold
 from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.jacobian.frame import Frame
 from holdfast.jacobian.offsets import Offsets
+from holdfast.prefix import by_formula
 from holdfast.problem import TINY, Problem
 
 STEPS = 2
@@ -77,7 +77,7 @@ class Settled:
         too, but turned to where H′ stretches. After any number of steps the answer is tangent.
         """
         leaf = delta.detach().clone().requires_grad_(True)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), by_formula():
             made = self.features.replay.realized(leaf)
             y = torch.zeros_like(made, requires_grad=True)
             (pulled,) = torch.autograd.grad(made, leaf, y, create_graph=True)
