@@ -16,7 +16,7 @@ from torch import Tensor
 from holdfast.problem import Lanes, Problem, violation_of
 from holdfast.steppers import Stepper
 from holdfast.subspace import Charted, FeasibleSet, Iterate, norms
-from holdfast.waiting import Behind, waits
+from holdfast.waiting import Behind, sent, waits
 
 STILL = 3
 """Steps in a row that may leave a lane exactly where it was; then it has ended."""
@@ -173,6 +173,8 @@ def _ascend(
     behind = Behind()
     for step in range(steps + 1):
         last = step == steps  # the final iterate is measured and not moved
+        if isinstance(sets, Charted) and not last:
+            sets = sets.asking(delta)
         margin, gradient = _margin_and_gradient(lanes, delta, last)
         passes[live] += searching
         finite = torch.isfinite(margin) & torch.isfinite(gradient).all(-1).all(-1)
@@ -197,14 +199,14 @@ def _ascend(
                 break
             if (~known).sum() * (LEAVE if waits(device) else len(known)) >= len(known):
                 behind.forget()
-                index = torch.as_tensor(np.flatnonzero(known), device=device)
+                index = sent(np.flatnonzero(known), device)
                 live, lanes, sets = live[index], lanes.rows(index), sets.rows(index)
                 delta, gradient, still = delta[index], gradient[index], still[index]
                 stepper, state = stepper.rows(index), tuple(part[index] for part in state)
                 searching = searching[index]
         gradient = torch.where(searching[:, None, None], gradient, 0.0)  # it may be NaN
 
-        here = Iterate(delta, step, gradient)
+        here = Iterate(delta, step, gradient, still=still)
         if isinstance(sets, Charted):
             sets = sets.around(here)
         along = sets.tangent(gradient, here)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from holdfast.waiting import listed
+
 T = TypeVar("T")
 
 
@@ -60,7 +62,7 @@ class Frame:
 
     def rows(self, rows: Tensor) -> Frame:
         """The same columns for some rows, in the order given; repeats are allowed."""
-        index = rows.tolist()
+        index = listed(rows)
         return Frame(
             tuple(self.ids[i] for i in index),
             tuple(self.groups[i] for i in index),

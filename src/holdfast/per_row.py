@@ -91,10 +91,16 @@ class SetPerRow:
     def rows(self, rows: Tensor) -> SetPerRow:
         return SetPerRow(self.sets.rows(rows))
 
+    def asking(self, delta: Tensor) -> SetPerRow:
+        return self._charted(lambda part, own: part.asking(delta[own]))
+
     def around(self, at: Iterate) -> SetPerRow:
-        """Those that keep something of where they are, with what they keep there."""
+        return self._charted(lambda part, own: part.around(at.rows(own)))
+
+    def _charted(self, act: Callable[[Charted, Tensor], FeasibleSet]) -> SetPerRow:
+        """With another set for each that keeps something of where its rows are."""
         pairs = zip(self.sets.parts, self.sets.own, strict=True)
-        parts = (p.around(at.rows(own)) if isinstance(p, Charted) else p for p, own in pairs)
+        parts = (act(p, own) if isinstance(p, Charted) else p for p, own in pairs)
         return SetPerRow(Dealt(tuple(parts), self.sets.owners))
 
     def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:

@@ -20,7 +20,7 @@ it. Then the suffix begins with the first token, and the record says so (`extent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,14 +93,11 @@ class Replay(Recorded):
         passed = self._run(delta, sites)
         return {site: slots.cut(passed[site].leaving, self.columns) for site in sites}
 
-    def suffix(self, delta: Tensor, sites: Sequence[Site]) -> dict[Site, tuple[Tensor, Tensor]]:
-        """Site → residuals [n s d_model] in float32 at every suffix column, before the site's edits
-        and after them, on the device of `delta`: later tokens than the perturbed ones move too,
-        through attention."""
+    def suffix(self, delta: Tensor, sites: Sequence[Site]) -> dict[Site, Passed]:
+        """Site → residuals in float32 at every suffix column, on the device of `delta`: later
+        tokens than the perturbed ones move too, through attention."""
         passed = self._run(delta, sites)
-        return {site: (passed[site].entering.float().to(delta.device),
-                       passed[site].leaving.float().to(delta.device))
-                for site in sites}  # fmt: skip
+        return {site: Passed(*(x.float().to(delta.device) for x in passed[site])) for site in sites}
 
     def realized(self, delta: Tensor) -> Tensor:
         """[n q d_model]: what is really added at each slot, what `hold` makes of it included.
@@ -108,6 +105,9 @@ class Replay(Recorded):
         The same vectors, added without `hold`, give the same residuals: they are what is saved,
         counted against the budget, and verified.
         """
-        passed = self._run(delta, self.sites)
+        return self.added(self._run(delta, self.sites))
+
+    def added(self, passed: Mapping[Site, Passed]) -> Tensor:
+        """`realized` from what a pass left at the perturbed sites."""
         cut = [[slots.cut(x, self.columns) for x in passed[site][1:]] for site in self.sites]
         return torch.cat([leaving - unperturbed for unperturbed, leaving in cut], 1)

@@ -59,7 +59,7 @@ class Watch:
         states = replay.suffix(delta, [bank.site for bank in banks])
         monitored = self.features.monitored.split([z.shape[2] for z in self.reference], 2)
         for bank, z_ref, own in zip(banks, self.reference, monitored, strict=True):
-            z = bank.activations(states[bank.site][1], replay.frame)
+            z = bank.activations(states[bank.site].leaving, replay.frame)
             change = change + torch.where(own, z - z_ref, 0.0).square().sum((1, 2))
             size = size + torch.where(own, z_ref, 0.0).square().sum((1, 2))
         return change.sqrt() / (size.sqrt() + NO_CODES)
@@ -181,12 +181,15 @@ def _stage(
     # The ball of the whole, in which a constraint looks at it; the stage's own is cut below.
     whole = (radius.square() + norms(fixed).flatten().square()).sqrt()
     diverged = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+    still = torch.zeros(len(start), dtype=torch.long, device=start.device)
     for step in range(stage.steps):
+        if isinstance(sets, Charted):
+            sets = sets.asking(delta)
         margin, gradient = _climbed(lanes, delta)
         diverged |= ~(torch.isfinite(margin) & torch.isfinite(gradient).flatten(1).all(1))
         gradient = torch.where(own & ~diverged[:, None, None], gradient, 0.0)
         noted.append(_noted(lanes, len(noted), rows, delta, margin, diverged))
-        here = Iterate(delta, step, gradient)
+        here = Iterate(delta, step, gradient, still=still)
         if isinstance(sets, Charted):
             sets = sets.around(here)
         along = torch.where(own, sets.tangent(gradient, here), 0.0)
@@ -196,6 +199,7 @@ def _stage(
         )
         moved = fixed + into_ball(torch.where(own, moved, 0.0), radius)
         delta = torch.where(diverged[:, None, None], delta, moved)
+        still = torch.where((delta == here.delta).flatten(1).all(1), still + 1, 0)
         if kept is not None and ((step + 1) % kept.rule.every == 0 or step + 1 in (1, stage.steps)):
             with torch.no_grad():
                 objective, _ = lanes.climbed(delta)

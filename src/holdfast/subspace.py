@@ -16,25 +16,25 @@ class Iterate:
     """Where n lanes of a climb are: delta [n q d_model], in the set; step: how many came before.
 
     gradient [n q d_model]: the objective's there; along [n q d_model]: what of it is tangent to the
-    set. Both are None where no gradient was taken.
+    set. Both are None where no gradient was taken. still [n]: how many steps in a row have left a
+    lane where it is; None where no step follows this one.
     """
 
     delta: Tensor
     step: int = 0
     gradient: Tensor | None = None
     along: Tensor | None = None
+    still: Tensor | None = None
 
     @classmethod
     def zero(cls, like: Tensor) -> Iterate:
-        """Before the first step."""
+        """Before the first step, or of a single one."""
         return cls(torch.zeros_like(like))
 
     def rows(self, rows: Tensor) -> Iterate:
         """Some of the lanes."""
-        return Iterate(
-            self.delta[rows], self.step, None if self.gradient is None else self.gradient[rows],
-            None if self.along is None else self.along[rows],
-        )  # fmt: skip
+        some = (None if x is None else x[rows] for x in (self.gradient, self.along, self.still))
+        return Iterate(self.delta[rows], self.step, *some)
 
 
 class FeasibleSet(Protocol):
@@ -69,6 +69,12 @@ class FeasibleSet(Protocol):
 @runtime_checkable
 class Charted(Protocol):
     """A feasible set that keeps what it found out near an iterate, to use it for the next steps."""
+
+    def asking(self, delta: Tensor) -> FeasibleSet:
+        """The same set, which has asked the device what it has to know around iterates [n q
+        d_model]. It is told them before the objective is run there: `around` then reads the answer
+        while the device has that to do. Without it `around` has to wait."""
+        ...
 
     def around(self, at: Iterate) -> FeasibleSet:
         """The same set, as it is best described near an iterate."""

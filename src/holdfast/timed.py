@@ -51,6 +51,12 @@ class TimedSet:
         with self.clock.running():
             return TimedSet(self.feasible.rows(rows), self.clock)
 
+    def asking(self, delta: Tensor) -> TimedSet:
+        if not isinstance(self.feasible, Charted):
+            return self
+        with self.clock.running():
+            return TimedSet(self.feasible.asking(delta), self.clock)
+
     def around(self, at: Iterate) -> TimedSet:
         if not isinstance(self.feasible, Charted):
             return self

@@ -6,15 +6,18 @@ depends on what a round of a loop costs:
 
 - Cheap rounds are a fixed few, and nobody asks whether they are needed (`perhaps`).
 - Rounds that run the model are asked about, and answered a round later (`Behind`): the device has a
-  round to do while the host reads of the last.
+  round to do while the host reads of the last. So is what is asked before something else that the
+  device has to do (`Question`).
 
-What has ended stays in a loop, masked and left as it is, until that is known: its results are the
-same, and nothing depends on how fast a device is.
+What has ended or waits for an answer stays in a loop, masked and left as it is, until that is
+known: its results are the same, and nothing depends on how fast a device is. Rows that the host
+has chosen by an answer are sent without a wait, and not read back (`sent`, `listed`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,14 +40,16 @@ class Behind:
     """What a loop asks in every round, answered a round later where the host would have to wait."""
 
     def __init__(self) -> None:
-        self._asked: _Asked | None = None
+        self._asked: Question | None = None
 
     def read(self, values: Tensor) -> NDArray[Any] | None:
         """[...] as they are on the CPU; elsewhere as they were when this was last asked, None for
         the first time."""
         if not waits(values.device):
             return values.numpy()
-        before, self._asked = self._asked, _Asked.of(values)
+        if values.device.type == "cpu":  # pretended: what is written to it later was not asked
+            values = values.clone()
+        before, self._asked = self._asked, Question.of(values)
         return None if before is None else before.answer()
 
     def none(self, some: Tensor) -> bool:
@@ -58,16 +63,19 @@ class Behind:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Values on their way to the host; event: that they are there."""
+class Question:
+    """Values on their way to the host; event: that they are there; picked: those that are asked
+    for, all where it is None."""
 
     values: Tensor
-    event: torch.Event | None
+    event: torch.Event | None = None
+    picked: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, values: Tensor) -> _Asked:
-        if values.device.type == "cpu" or not torch.accelerator.is_available():  # pretended
-            return cls(values.to("cpu", copy=True), None)
+    def of(cls, values: Tensor) -> Question:
+        """values [n …], which are not written to any more."""
+        if values.device.type == "cpu":
+            return cls(values)
         # Only into pinned memory is a copy made beside what both sides do.
         copy = torch.empty_like(values, device="cpu", pin_memory=True)
         copy.copy_(values, non_blocking=True)
@@ -75,7 +83,28 @@ class _Asked:
         event.record(torch.accelerator.current_stream(values.device))
         return cls(copy, event)
 
+    def rows(self, rows: Tensor) -> Question:
+        """The same of some rows, in the order given."""
+        now = range(len(self.values)) if self.picked is None else self.picked
+        return replace(self, picked=tuple(now[i] for i in listed(rows)))
+
     def answer(self) -> NDArray[Any]:
         if self.event is not None:
             self.event.synchronize()
-        return np.asarray(self.values)
+        values = np.asarray(self.values)
+        return values if self.picked is None else values[list(self.picked)]
+
+
+def sent(rows: Sequence[int] | NDArray[Any], device: torch.device) -> Tensor:
+    """Numbers [n] of rows that the host knows, on a device that is not waited for."""
+    own = torch.from_numpy(np.array(rows, dtype=np.int64))
+    if device.type != "cpu":
+        own = own.pin_memory().to(device, non_blocking=True)
+    own.known = tuple(rows)  # type: ignore[attr-defined]
+    return own
+
+
+def listed(rows: Tensor) -> list[int]:
+    """Numbers [n] of rows as the host has them. It waits for those that it did not send itself."""
+    known: tuple[int, ...] | None = getattr(rows, "known", None)
+    return rows.tolist() if known is None else [int(i) for i in known]

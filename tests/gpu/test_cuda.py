@@ -113,8 +113,10 @@ def test_a_replayed_step_does_not_wait_for_the_gpu() -> None:
 
 
 AT_ONE = ("unconstrained", "gradient_projection", "random_subspace", "encoder_null", "active_null",
-          "one_sided", "feature_floor")  # fmt: skip
-AT_SEVERAL = ("feature_hold", "one_sided", "feature_floor", "decoder_null", "undo_null")
+          "one_sided", "feature_floor", "jacobian_null")  # fmt: skip
+AT_SEVERAL = (
+    "feature_hold", "one_sided", "feature_floor", "decoder_null", "undo_null", "jacobian_null",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,8 @@ def test_switches_are_what_the_pass_itself_shows() -> None:
     delta, replay = found.delta, found.problem.replay
     states = []
     for share in torch.linspace(0, 1, 200):
-        entering, _ = replay.suffix(share * delta, [Site(2)])[Site(2)]
-        states.append(found.problem.held[Site(2)].activations(entering, replay.frame) > 0)
+        there = replay.suffix(share * delta, [Site(2)])[Site(2)]
+        states.append(found.problem.held[Site(2)].activations(there.entering, replay.frame) > 0)
     by_hand = torch.stack([(s != states[0]).flatten(1).any(1) for s in states]).any(0)
     told = foresee(found, {"all": delta}).switched[0]
     assert not (told & ~by_hand).any(), "nothing is told that is not there"

@@ -180,9 +180,10 @@ def a_set(
 
 
 def a_step_of(sets: FeasibleSet, problem: Problem, gradient: Tensor, length: float) -> Tensor:
-    here = Iterate(torch.zeros(problem.shape), 0, gradient)
+    still = torch.zeros(len(gradient), dtype=torch.long)
+    here = Iterate(torch.zeros(problem.shape), 0, gradient, still=still)
     if isinstance(sets, Charted):
-        sets = sets.around(here)
+        sets = sets.asking(here.delta).around(here)
     here = replace(here, along=sets.tangent(gradient, here))
     return sets.inside(length * gradient, problem.radius, here)
 
@@ -232,7 +233,7 @@ def test_rounds_that_nobody_asks_for_change_nothing(
 
 @pytest.mark.parametrize("perturbed", [SITES, SITES[:1]], ids=["in place", "kept"])
 @pytest.mark.parametrize("length", [0.1, 10.0])
-def test_the_true_jacobians_set_waits_between_many_passes_and_finds_the_same(
+def test_the_true_jacobians_set_reads_behind_passes_and_finds_the_same(
     subject: Subject, batch: Batch, perturbed: tuple[Site, ...], length: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -240,25 +241,17 @@ def test_the_true_jacobians_set_waits_between_many_passes_and_finds_the_same(
     problem = posed(subject, batch, clamps(subject, "plain"), perturbed, watch=SITES)
     sets = constraint.feasible(constraint.acting(problem)).rows(torch.arange(6))
     gradient = length * torch.randn(problem.shape)
-    passes: list[int] = []
-    run = Replay._run
-    monkeypatch.setattr(
-        Replay, "_run", lambda self, delta, wanted: passes.append(1) or run(self, delta, wanted)
-    )
     found, waits = [], []
     for far in (False, True):
         pretend(monkeypatch, far)
         a_step_of(sets, problem, gradient, 1.0)
-        passes.clear()
         with counted() as places:
             found.append(a_step_of(sets, problem, gradient, 1.0))
         waits.append([place for place in places if "waiting.py" not in place])
     at_once, late = found
     torch.testing.assert_close(late, at_once, rtol=1e-5, atol=1e-6)
     assert late.abs().max() > 0
-    # Whether a step has to be shorter; where J is kept, also where it has to be made anew.
-    most = 1 if perturbed == SITES else 12 if length < 1 else 32
-    assert len(waits[1]) <= most, (waits[1], len(passes))
+    assert waits[1] == []
 
 
 def test_a_step_of_several_constraints_in_one_batch_never_waits(

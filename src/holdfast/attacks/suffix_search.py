@@ -80,7 +80,7 @@ class Objective:
     def _codes(self, delta: Tensor) -> list[Tensor]:
         replay = self.lanes.replay
         states = replay.suffix(delta, [bank.site for bank in self.banks])
-        return [bank.activations(states[bank.site][1], replay.frame) for bank in self.banks]
+        return [bank.activations(states[bank.site].leaving, replay.frame) for bank in self.banks]
 
 
 @dataclass(frozen=True)

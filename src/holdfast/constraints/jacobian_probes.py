@@ -86,7 +86,8 @@ class Probed:
         features = self.features
         states = features.replay.suffix(delta, [bank.site for bank in features.banks])
         return [
-            bank.activations(states[bank.site][1], features.replay.frame) for bank in features.banks
+            bank.activations(states[bank.site].leaving, features.replay.frame)
+            for bank in features.banks
         ]
 
     def _moved(self, codes: list[Tensor]) -> list[Tensor]:

@@ -5,5 +5,6 @@ are constraints of each row. ways: how each row is kept where Φ = 0, one of fou
 (level): preconditioners are what is near (JJᵀ)⁻¹ and cheap, null_space solves with JJᵀ,
 restoration goes back to Φ = 0. With J itself near an iterate (frame, framed): offsets are
 coordinates in which clamps make no jumps, settled those in which perturbed slots are no constraints
-either, chords the way back in them, and learned what its corrections say of J.
+either, chords the corrections in them, way_back the way of many lanes by these, and learned what
+corrections say of J.
 """

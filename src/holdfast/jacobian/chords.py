@@ -1,4 +1,4 @@
-"""Restoration with a J that was made near by: a correction takes passes forward alone."""
+"""Corrections with a J that was made near by: each takes passes forward alone."""
 
 from __future__ import annotations
 
@@ -8,28 +8,9 @@ import torch
 from torch import Tensor
 
 from holdfast.jacobian.frame import Frame
-from holdfast.jacobian.learned import Learned
 from holdfast.jacobian.offsets import Coordinates
-from holdfast.jacobian.restoration import SHRINK, SLACK
 from holdfast.problem import TINY
 from holdfast.subspace import Iterate, into_ball, norms
-from holdfast.waiting import Behind
-
-CHORDS = 20
-"""Most corrections of an iterate before it is measured against its ball."""
-
-FALLS = 0.8
-"""Share of its least so far to which a correction has to take a violation. J made anew costs as
-much as a dozen or more corrections, so that slow ones are worth their passes."""
-
-STALLS = 3
-"""How often a violation may fail to fall so before its lane is given up."""
-
-RENEW = 2
-"""How often it fails to before J is made anew where the lane is, once."""
-
-RETURNS = 4
-"""How often an iterate is scaled into its ball and corrected again."""
 
 BEND = 0.5
 """Most that the way back may measure, as a share of the step it follows."""
@@ -85,51 +66,16 @@ class Chords:
         )
         return share, torch.minimum(share, best)
 
-    def back(self, trial: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """Iterates [n q d] in the set and in balls of radius [n]; which ones [n] got there."""
-        out, kept = trial.clone(), torch.zeros(len(trial), dtype=torch.bool, device=trial.device)
-        todo, own = torch.arange(len(trial), device=trial.device), self
-        for attempt in range(RETURNS):
-            room = radius[todo] * (1 - SHRINK * attempt)
-            x, good = own._onto(within(trial[todo], room, own.inward))
-            delta = own.coordinates.vectors(x)
-            trial = trial.index_copy(0, todo, delta)
-            fits = norms(delta).flatten() <= radius[todo] * (1 + SLACK)
-            fine = good & fits
-            out[todo] = torch.where(fine[:, None, None], delta, out[todo])
-            kept[todo] = fine
-            again = (good & ~fits).nonzero().flatten()
-            if not len(again):
-                break
-            todo, own = todo[again], own.rows(again)
-        return out, kept
+    def step(self, value: Tensor) -> Tensor:
+        """What of coordinates [n q d_model] takes `value` [n s K] from Φ, to first order."""
+        return -self._change(self.frame.correction(value))
 
-    def _onto(self, trial: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates where Φ = 0, and which lanes [n] came there."""
-        x = self.coordinates.written(trial)
-        smallest = torch.full((len(x),), torch.inf, device=x.device)
-        stalls = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        own, renewed = self, torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        learned, behind = Learned(), Behind()
-        for rounds in range(CHORDS + 1):
-            value, held = self.coordinates.moved(x)
-            largest = held.abs().amax((1, 2))
-            good = largest <= self.tolerance
-            stalls = stalls + ~(largest <= FALLS * smallest)
-            going = ~good & torch.isfinite(largest) & (stalls <= STALLS)
-            if behind.none(going):
-                break
-            smallest = torch.minimum(smallest, largest)
-            slow = going & (stalls == RENEW) & ~renewed
-            # None can be before it has failed that often; then J is dearer than a look.
-            if rounds >= RENEW and slow.any():
-                renewed, here = renewed | slow, self.coordinates.vectors(x)
-                frame = own.frame.anew(self.coordinates.features, here, slow)
-                own = Chords.of(self.coordinates, frame, self.tolerance)
-                learned = learned.without(slow)
-            step, learned = learned.step(-own._change(own.frame.correction(value)))
-            x = torch.where(going[:, None, None], x + step, x)
-        return x, good
+    def anew(self, delta: Tensor, rows: Tensor) -> Chords:
+        """With J made anew at vectors `delta` of some lanes."""
+        if not len(rows):
+            return self
+        frame = self.frame.anew(self.coordinates.features, delta, rows)
+        return Chords.of(self.coordinates, frame, self.tolerance, self.inward)
 
     def _change(self, step: Tensor) -> Tensor:
         return self.coordinates.change(self.frame.center, self.origin, step)

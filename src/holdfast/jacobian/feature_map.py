@@ -13,7 +13,7 @@ and no almost singular Jacobian here. What counts as held is always measured aft
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from holdfast.edits import FeatureEdit
 from holdfast.prefix import by_formula
 from holdfast.problem import TINY, Problem
+from holdfast.recorded import Passed
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
@@ -75,6 +76,11 @@ class FeatureMap:
         return len(self.weight)
 
     @property
+    def sites(self) -> list[Site]:
+        """The monitored sites, in forward order."""
+        return [bank.site for bank in self.banks]
+
+    @property
     def monitored(self) -> Tensor:
         """[n s K] bool: entries that are constraints."""
         return self.weight > 0
@@ -120,15 +126,17 @@ class FeatureMap:
     def by_site(self, delta: Tensor) -> tuple[list[Tensor], Tensor]:
         """The same with the part [n s k] of each site by itself: a derivative of the features of
         one site has nothing to do with what lies above it."""
-        return self.of_states(suffix_states(self.replay, delta, [bank.site for bank in self.banks]))
+        return self.of_states(suffix_states(self.replay, delta, self.sites))
 
-    def of_states(self, states: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
-        """`by_site` from the residuals of the banks' sites, as `suffix_states` gives them."""
+    def of_states(self, states: Mapping[Site, Passed]) -> tuple[list[Tensor], Tensor]:
+        """`by_site` from what a pass left at the banks' sites."""
         parts, held = [], []
         weights = self.weight.split(self.counts, 2)
-        for index, ((x, y), (x_ref, y_ref)) in enumerate(zip(states, self.reference, strict=True)):
-            late = y - y_ref
-            change = torch.where(self.early[index], x - x_ref, late)
+        for index, (site, (x_ref, y_ref)) in enumerate(
+            zip(self.sites, self.reference, strict=True)
+        ):
+            late = states[site].leaving - y_ref
+            change = torch.where(self.early[index], states[site].entering - x_ref, late)
             parts.append(self._along(index, change) * weights[index])
             held.append(self._along(index, late.detach()) * weights[index])
         return parts, torch.cat(held, 2)
@@ -139,13 +147,11 @@ class FeatureMap:
         return change @ W[0] if len(W) == 1 else torch.bmm(change, W[self.slices[index]])
 
 
-def suffix_states(
-    replay: Replay, delta: Tensor, sites: Sequence[Site]
-) -> list[tuple[Tensor, Tensor]]:
-    """Residuals [n s d_model] of some sites before and after their edits, differentiable twice:
-    from the backward pass products with J are made."""
+def suffix_states(replay: Replay, delta: Tensor, sites: Sequence[Site]) -> dict[Site, Passed]:
+    """Residuals [n s d_model] of some sites, differentiable twice: from the backward pass products
+    with J are made."""
     with by_formula():
-        return list(replay.suffix(delta, sites).values())
+        return replay.suffix(delta, sites)
 
 
 def _reads_held_only(replay: Replay, bank: FeatureBank) -> Tensor:
@@ -177,7 +183,8 @@ def _references(problem: Problem, replay: Replay) -> tuple[tuple[Tensor, Tensor]
 
     def states(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         zero = torch.zeros(len(rows), q, d, device=replay.columns.device)
-        return suffix_states(replay.rows(rows), zero, problem.moved)
+        passed = suffix_states(replay.rows(rows), zero, problem.moved)
+        return [(passed[site].entering, passed[site].leaving) for site in problem.moved]
 
     every = torch.arange(n, device=replay.columns.device)
     parts = replay.subject.batching.over("steps", every, states)

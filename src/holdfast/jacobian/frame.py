@@ -12,6 +12,7 @@ from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.jacobian.linearized import Linearized
 from holdfast.problem import TINY
 from holdfast.subspace import norms
+from holdfast.waiting import sent
 
 RIDGE = 1e-9
 """Added to the diagonal of the Gram matrix of J's unit rows: where features depend on each
@@ -53,10 +54,13 @@ class Frame:
     def at(cls, features: FeatureMap, delta: Tensor, entries: Entries) -> Frame:
         n, q, d = delta.shape
         together = max(1, LARGEST // max(1, len(entries) * q * d))
-        parts = [
-            _factored(features.rows(rows), delta[rows], entries.rows(rows))
-            for rows in torch.arange(n, device=delta.device).split(together)
+        if n <= together:
+            return cls(delta.clone(), *_factored(features, delta, entries), entries)
+        pieces = [
+            sent(range(begin, min(begin + together, n)), delta.device)
+            for begin in range(0, n, together)
         ]
+        parts = [_factored(features.rows(rows), delta[rows], entries.rows(rows)) for rows in pieces]
         J, scale, factor = (torch.cat(own) for own in zip(*parts, strict=True))
         return cls(delta.clone(), J, scale, factor, entries)
 
@@ -78,9 +82,8 @@ class Frame:
             self.entries.rows(rows),
         )  # fmt: skip
 
-    def anew(self, features: FeatureMap, delta: Tensor, which: Tensor) -> Frame:
-        """The frame made once more at delta, for some lanes [n] bool."""
-        rows = which.nonzero().flatten()  # J is dearer than a wait
+    def anew(self, features: FeatureMap, delta: Tensor, rows: Tensor) -> Frame:
+        """The frame made once more at delta, for some lanes."""
         if not len(rows):
             return self
         made = Frame.at(features.rows(rows), delta[rows], self.entries.rows(rows))
@@ -127,4 +130,5 @@ def _factored(
     J = J * scale[..., None]
     gram = J.double() @ J.double().mT
     extra = torch.where(counts, RIDGE, 1.0).double()
-    return J, scale, torch.linalg.cholesky(gram + torch.diag_embed(extra))
+    # Unchecked: that would be a wait. Where J is NaN so is its factor, and no way back ends well.
+    return J, scale, torch.linalg.cholesky_ex(gram + torch.diag_embed(extra)).L

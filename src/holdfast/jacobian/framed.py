@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.jacobian.chords import Chords, within
+from holdfast.jacobian.chords import Chords
 from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.jacobian.frame import Frame
 from holdfast.jacobian.offsets import Coordinates
+from holdfast.jacobian.way_back import Steps, back
 from holdfast.subspace import Iterate, norms
-from holdfast.waiting import perhaps
+from holdfast.waiting import Question, perhaps, sent
 
 NEAR = 0.1
 """How far from an iterate J may have been made, as a share of the residual's norm."""
@@ -20,8 +22,9 @@ NEAR = 0.1
 FAR = 0.2
 """The same for the trial that a step leads to."""
 
-CUTS = (1.0, 0.25, 0.0625)
-"""Shares of a step's reach that are tried in turn before it is not taken."""
+TRIES, CUT = 4, 0.25
+"""How many shares of a step are tried in turn before it is not taken, and each of the one before,
+beginning with the step's reach."""
 
 LEAP = 0.05
 """Share below which the whole step is tried first: the set does not bend so much, it has a jump
@@ -33,8 +36,8 @@ class Framed:
     """Perturbations at which no monitored feature moves, with a frame near the present ones.
 
     size [n]: the residual's norm at the perturbed slots; free [n]; tolerance: largest entry of Φ
-    that counts as none. A step costs at most four restorations, and an iterate without one that
-    ends in the set stays where it is.
+    that counts as none; asked: which lanes are too far from the frame, if that is being asked. An
+    iterate from which no share of a step ends in the set stays where it is.
     """
 
     coordinates: Coordinates
@@ -42,6 +45,7 @@ class Framed:
     size: Tensor
     free: Tensor
     tolerance: float
+    asked: Question | None = None
 
     @property
     def features(self) -> FeatureMap:
@@ -54,12 +58,17 @@ class Framed:
     def rows(self, rows: Tensor) -> Framed:
         return Framed(
             self.coordinates.rows(rows), self.frame.rows(rows), self.size[rows], self.free[rows],
-            self.tolerance,
+            self.tolerance, None if self.asked is None else self.asked.rows(rows),
         )  # fmt: skip
+
+    def asking(self, delta: Tensor) -> Framed:
+        return replace(self, asked=Question.of(self._far(delta)))
 
     def around(self, at: Iterate) -> Framed:
         """With J made anew for the lanes that have gone too far from where it was made."""
-        return self._framed(at.delta, NEAR)
+        asked = self.asked or Question.of(self._far(at.delta))
+        rows = sent(np.flatnonzero(asked.answer()), at.delta.device)
+        return replace(self, frame=self.frame.anew(self.features, at.delta, rows), asked=None)
 
     def tangent(self, gradient: Tensor, at: Iterate) -> Tensor:
         return self.coordinates.tangent(self.frame, at.delta, gradient)
@@ -72,25 +81,12 @@ class Framed:
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
         """Restore inside the ball, after as much of the step as is worth it; at last after none."""
         inward = self._inward(delta, radius, last)
-        own = self._framed(within(delta, radius, inward), FAR)
-        chords = Chords.of(own.coordinates, own.frame, self.tolerance, inward)
-        step = delta - last.delta
+        chords = Chords.of(self.coordinates, self.frame, self.tolerance, inward)
         bend, share = chords.reach(delta, radius, last)
-        # The frame of a long way's end says little about a short way's.
-        own = own._framed(last.delta + share[:, None, None] * step, FAR)
-        chords = Chords.of(own.coordinates, own.frame, self.tolerance, inward)
-        out, left = last.delta.clone(), torch.ones_like(bend, dtype=torch.bool)
-        jumps = left & (bend < LEAP)
-        for trying, length in ((jumps, torch.ones_like(share)), *((left, c * share) for c in CUTS)):
-            rows = (trying & left).nonzero().flatten()
-            if not len(rows) and trying is left:
-                break
-            if len(rows):
-                trial = last.delta[rows] + length[rows, None, None] * step[rows]
-                point, kept = chords.rows(rows).back(trial, radius[rows])
-                out[rows] = torch.where(kept[:, None, None], point, out[rows])
-                left[rows] = ~kept
-        return out
+        shares = share[:, None] * CUT ** torch.arange(TRIES, device=share.device)
+        leap = torch.cat([torch.ones_like(shares[:, :1]), shares[:, :-1]], 1)
+        shares = torch.where((bend < LEAP)[:, None], leap, shares)
+        return back(chords, Steps(last.delta, delta - last.delta, shares, radius, FAR * self.size))
 
     def _inward(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor | None:
         """Along what steps that lead out of the ball are taken back into it; 0 for others."""
@@ -99,6 +95,6 @@ class Framed:
         # The others are scaled, should their way back lead out: as if they stood by themselves.
         return None if along is None else torch.where(over[:, None, None], along, 0.0)
 
-    def _framed(self, delta: Tensor, most: float) -> Framed:
-        away = self.frame.distance(delta) > most * self.size
-        return replace(self, frame=self.frame.anew(self.features, delta, away))
+    def _far(self, delta: Tensor) -> Tensor:
+        """[n] iterates too far from where J was made."""
+        return self.frame.distance(delta) > NEAR * self.size

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from holdfast.problem import TINY
@@ -20,15 +19,22 @@ MOST = 0.5
 frame alone has it."""
 
 
+LATEST = 20
+"""Most steps that are kept: a lane that takes more without beginning anew is given up."""
+
+
 @dataclass(frozen=True)
 class Learned:
     """steps: those taken so far [n q d], zeros in lanes that have begun anew."""
 
     steps: tuple[Tensor, ...] = ()
 
-    def without(self, lanes: Tensor) -> Learned:
-        """Nothing is known any more in some lanes [n] bool."""
-        return Learned(tuple(torch.where(lanes[:, None, None], 0.0, s) for s in self.steps))
+    def rows(self, rows: Tensor) -> Learned:
+        return Learned(tuple(step[rows] for step in self.steps))
+
+    def without(self, rows: Tensor) -> Learned:
+        """Nothing is known any more in some lanes."""
+        return Learned(tuple(step.index_fill(0, rows, 0.0) for step in self.steps))
 
     def step(self, step: Tensor) -> tuple[Tensor, Learned]:
         """The step [n q d] in place of the frame's own, and what is known after it."""
@@ -36,7 +42,7 @@ class Learned:
             step = step + _share(step, last) * following
         if self.steps:
             step = step / (1 - _share(step, self.steps[-1]).clamp_max(MOST))
-        return step, Learned((*self.steps, step))
+        return step, Learned((*self.steps, step)[-LATEST:])
 
 
 def _share(x: Tensor, of: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from holdfast.jacobian.preconditioners import Preconditioner
 from holdfast.jacobian.restoration import SLACK, restore
 from holdfast.subspace import FeasibleSet, Iterate, into_ball, norms
 
-HALVINGS = 4
-"""How often a step that cannot be restored is halved before it is not taken."""
+TRIES, CUT = 3, 0.25
+"""How many shares of a step are tried, each of the one before, where it cannot be restored."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ class Level:
         return self.inside(delta, anywhere, Iterate.zero(delta))
 
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
-        """Restore inside the ball. Where that fails, a shorter step is taken, at last none."""
-        step = into_ball(delta, radius) - last.delta
-        out = last.delta.clone()
-        todo = torch.arange(len(delta), device=delta.device)
-        own = self
-        for halving in range(HALVINGS + 1):
-            trial = last.delta[todo] + step[todo] / 2**halving
+        """Restore inside the ball. From where that fails no step is taken, and a shorter one next:
+        so that nobody has to be asked whether it does. Where none follows, it is tried at once."""
+        step, tries = into_ball(delta, radius) - last.delta, TRIES
+        if last.still is not None:
+            step, tries = step * CUT ** last.still[:, None, None], 1
+        out, todo, own = last.delta.clone(), torch.arange(len(step), device=step.device), self
+        for number in range(tries):
+            trial = last.delta[todo] + CUT**number * step[todo]
             point, kept = own._restored(trial, radius[todo], last.rows(todo))
             out[todo] = torch.where(kept[:, None, None], point, out[todo])
-            again = (~kept).nonzero().flatten()
-            if not len(again):
+            if number + 1 == tries or kept.all():
                 break
-            todo = todo[again]
+            todo = todo[~kept]
             own = self.rows(todo)
         return out
 

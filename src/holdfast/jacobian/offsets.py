@@ -44,8 +44,8 @@ class Coordinates(Protocol):
         """Vectors of coordinates."""
         ...
 
-    def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Φ at coordinates, and what is to be held there, as FeatureMap has them."""
+    def moved(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Φ at coordinates, what is to be held there, as FeatureMap has them, and the vectors."""
         ...
 
     def change(self, at: Tensor, x: Tensor, step: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class Plain:
         return x
 
     @torch.no_grad()
-    def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.features(x)
+    def moved(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.features(x), x
 
     def change(self, at: Tensor, x: Tensor, step: Tensor) -> Tensor:
         return step
@@ -121,11 +121,11 @@ class Offsets:
         return self._pinned(x).realized(torch.zeros_like(x)) * self._there
 
     @torch.no_grad()
-    def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        sites = [bank.site for bank in self.features.banks]
-        states = suffix_states(self._pinned(x), torch.zeros_like(x), sites)
-        parts, held = self.features.of_states(states)
-        return torch.cat(parts, 2), held
+    def moved(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pinned = self._pinned(x)
+        passed = suffix_states(pinned, torch.zeros_like(x), self.features.sites)
+        parts, held = self.features.of_states(passed)
+        return torch.cat(parts, 2), held, pinned.added(passed) * self._there
 
     def change(self, at: Tensor, x: Tensor, step: Tensor) -> Tensor:
         # From a difference that is short, so that hardly any clamp switches within it.

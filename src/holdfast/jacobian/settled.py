@@ -52,7 +52,7 @@ class Settled:
     def vectors(self, x: Tensor) -> Tensor:
         return self.offsets.vectors(x)
 
-    def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def moved(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.offsets.moved(x)
 
     def change(self, at: Tensor, x: Tensor, step: Tensor) -> Tensor:

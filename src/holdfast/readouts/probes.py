@@ -127,8 +127,8 @@ class Probes:
                 f"the probes read {self.site}, which lies before {replay.sites[0]}: nothing that "
                 "is added there can reach them; perturb the probes' own site or an earlier one"
             )
-        _, after = replay.suffix(delta, [self.site])[self.site]
-        scores = self.scores(pool(after, replay.frame))
+        after = replay.suffix(delta, [self.site])[self.site]
+        scores = self.scores(pool(after.leaving, replay.frame))
         return scores if answers is None else scores.gather(-1, answers)
 
     def affine(self, replay: Replay) -> bool:

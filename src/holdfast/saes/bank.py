@@ -21,6 +21,7 @@ from holdfast.saes.sae import SAE, Guarantee, activate, guarantee_of
 from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
 from holdfast.subspace import NullSpace
+from holdfast.waiting import sent
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,14 @@ class FeatureBank:
 
     def _slices(self, frame: Frame) -> Tensor:
         fallback = self.index.get(EVERY_GROUP)
-        rows = [self.index.get(group, fallback) for group in frame.groups]
-        if None in rows:
-            missing = sorted({g for g, r in zip(frame.groups, rows, strict=True) if r is None})
+        of_group = {group: self.index.get(group, fallback) for group in set(frame.groups)}
+        missing = sorted(group for group, row in of_group.items() if row is None)
+        if missing:
             raise FeatureError(
                 f"no features for the groups {missing[:5]} at {self.site}: there are features for "
                 f"{len(self.index)} groups; give the fit split prompts of every group"
             )
-        return torch.as_tensor(rows, dtype=torch.long, device=self.W_enc.device)
+        return sent([of_group[group] or 0 for group in frame.groups], self.W_enc.device)
 
     def rows(self, values: Tensor, frame: Frame) -> Tensor:
         """values [g k] as [b 1 k] (or [1 1 k] with one slice): each row's own."""
