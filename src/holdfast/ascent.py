@@ -21,6 +21,10 @@ from holdfast.waiting import Behind, sent, waits
 STILL = 3
 """Steps in a row that may leave a lane exactly where it was; then it has ended."""
 
+SHORTER = 0.25
+"""Share of a step that left a lane where it was that is tried in the next: there was no way back
+into the set from it."""
+
 LEAVE = 8
 """Lanes that have ended leave when they are one in so many, where the host has to wait for a
 device: looking up who stays is a wait, and a batch with an eighth less is hardly faster."""
@@ -206,13 +210,13 @@ def _ascend(
                 searching = searching[index]
         gradient = torch.where(searching[:, None, None], gradient, 0.0)  # it may be NaN
 
-        here = Iterate(delta, step, gradient, still=still)
+        here = Iterate(delta, step, gradient)
         if isinstance(sets, Charted):
             sets = sets.around(here)
         along = sets.tangent(gradient, here)
         here = replace(here, along=along)
         move, state = stepper.move(state, along)
-        rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps)
+        rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps) * SHORTER**still
         delta = sets.inside(delta + rate[:, None, None] * move, climb.radius[live], here)
         still = torch.where((delta == here.delta).flatten(1).all(1), still + 1, 0)
     return Ascent(best, best_margin, reached_at, diverged, passes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from holdfast.ascent import Noted, Trace
+from holdfast.ascent import SHORTER, Noted, Trace
 from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.outcome import Best
 from holdfast.problem import Lanes, Problem, violation_of
@@ -189,13 +189,14 @@ def _stage(
         diverged |= ~(torch.isfinite(margin) & torch.isfinite(gradient).flatten(1).all(1))
         gradient = torch.where(own & ~diverged[:, None, None], gradient, 0.0)
         noted.append(_noted(lanes, len(noted), rows, delta, margin, diverged))
-        here = Iterate(delta, step, gradient, still=still)
+        here = Iterate(delta, step, gradient)
         if isinstance(sets, Charted):
             sets = sets.around(here)
         along = torch.where(own, sets.tangent(gradient, here), 0.0)
         move, state = stepper.move(state, along)
+        pace = rate * SHORTER ** still[:, None, None]
         moved = sets.inside(
-            delta + rate * torch.where(own, move, 0.0), whole, replace(here, along=along)
+            delta + pace * torch.where(own, move, 0.0), whole, replace(here, along=along)
         )
         moved = fixed + into_ball(torch.where(own, moved, 0.0), radius)
         delta = torch.where(diverged[:, None, None], delta, moved)

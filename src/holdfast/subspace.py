@@ -16,24 +16,22 @@ class Iterate:
     """Where n lanes of a climb are: delta [n q d_model], in the set; step: how many came before.
 
     gradient [n q d_model]: the objective's there; along [n q d_model]: what of it is tangent to the
-    set. Both are None where no gradient was taken. still [n]: how many steps in a row have left a
-    lane where it is; None where no step follows this one.
+    set. Both are None where no gradient was taken: then what follows is no step of a climb.
     """
 
     delta: Tensor
     step: int = 0
     gradient: Tensor | None = None
     along: Tensor | None = None
-    still: Tensor | None = None
 
     @classmethod
     def zero(cls, like: Tensor) -> Iterate:
-        """Before the first step, or of a single one."""
+        """Before the first step."""
         return cls(torch.zeros_like(like))
 
     def rows(self, rows: Tensor) -> Iterate:
         """Some of the lanes."""
-        some = (None if x is None else x[rows] for x in (self.gradient, self.along, self.still))
+        some = (None if x is None else x[rows] for x in (self.gradient, self.along))
         return Iterate(self.delta[rows], self.step, *some)
 
 

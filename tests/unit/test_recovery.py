@@ -26,9 +26,9 @@ from holdfast.recovery import RecoverySpec, recover
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.stack import Search, Stack
-from holdfast.steppers import Adam
+from holdfast.steppers import Adam, Steepest
 from holdfast.subject import Subject
-from holdfast.subspace import Iterate, NullSpace, norms
+from holdfast.subspace import Everything, Iterate, NullSpace, norms
 from holdfast.testing import check_constraint, random_sae, tiny_problem
 from tests.waits import pretend
 
@@ -233,6 +233,38 @@ def test_projection_of_the_gradient_is_exact_under_plain_gradient_descent(
     for _ in range(30):
         delta = delta + 0.05 * feasible.tangent(torch.randn(problem.shape), Iterate(delta))
     assert relative_violation(problem, delta, rows).max() < 1e-6
+
+
+@dataclass(frozen=True)
+class Reluctant(Everything):
+    """A set into which no step as long as `least` [n] leads back."""
+
+    least: Tensor
+
+    def rows(self, rows: Tensor) -> Reluctant:
+        return Reluctant(self.dimension[rows], self.least[rows])
+
+    def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
+        too_long = norms(delta - last.delta) >= self.least[:, None, None]
+        return torch.where(too_long, last.delta, super().inside(delta, radius, last))
+
+
+def test_a_lane_that_a_step_left_where_it_was_goes_less_far(
+    subject: Subject, batch: Batch, bank: FeatureBank
+) -> None:
+    problem = tiny_problem(subject, batch, bank, budget=1.0)
+    n = len(problem)
+    stride = 0.1 * problem.radius
+    shares = torch.tensor([2.0, 0.3, 0.1, 0.01]).repeat(n)[:n]
+    sets = Reluctant(torch.full((n,), 8), shares * stride)
+    climb = Climb(
+        torch.arange(n), torch.zeros(problem.shape), torch.full((n,), torch.inf), problem.radius,
+        torch.full((n,), 0.1),
+    )  # fmt: skip
+    moved = norms(ascend(problem, sets, climb, 3, Steepest(0.0)).delta).flatten() / stride
+    first = torch.tensor([2.0, 0.25, 0.0625, 0.0]).repeat(n)[:n]
+    assert ((moved >= 0.99 * first) & (moved <= 3)).all()
+    assert (moved[shares == 0.01] == 0).all(), "and after three it has ended"
 
 
 def test_another_batch_size_gives_the_same_answers(

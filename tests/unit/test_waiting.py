@@ -180,8 +180,7 @@ def a_set(
 
 
 def a_step_of(sets: FeasibleSet, problem: Problem, gradient: Tensor, length: float) -> Tensor:
-    still = torch.zeros(len(gradient), dtype=torch.long)
-    here = Iterate(torch.zeros(problem.shape), 0, gradient, still=still)
+    here = Iterate(torch.zeros(problem.shape), 0, gradient)
     if isinstance(sets, Charted):
         sets = sets.asking(here.delta).around(here)
     here = replace(here, along=sets.tangent(gradient, here))

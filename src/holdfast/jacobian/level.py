@@ -15,7 +15,7 @@ from holdfast.jacobian.restoration import SLACK, restore
 from holdfast.subspace import FeasibleSet, Iterate, into_ball, norms
 
 TRIES, CUT = 3, 0.25
-"""How many shares of a step are tried, each of the one before, where it cannot be restored."""
+"""How many shares of what is put into the set are tried, each of the one before."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,9 @@ class Level:
         return self.inside(delta, anywhere, Iterate.zero(delta))
 
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
-        """Restore inside the ball. From where that fails no step is taken, and a shorter one next:
-        so that nobody has to be asked whether it does. Where none follows, it is tried at once."""
-        step, tries = into_ball(delta, radius) - last.delta, TRIES
-        if last.still is not None:
-            step, tries = step * CUT ** last.still[:, None, None], 1
+        """Restore inside the ball. Where that fails no step is taken: a climb takes a shorter one
+        next, so that nobody has to be asked here; where none follows, shorter ones are tried."""
+        step, tries = into_ball(delta, radius) - last.delta, TRIES if last.gradient is None else 1
         out, todo, own = last.delta.clone(), torch.arange(len(step), device=step.device), self
         for number in range(tries):
             trial = last.delta[todo] + CUT**number * step[todo]
