@@ -21,8 +21,8 @@ from holdfast.running import Moments, Running
 from holdfast.saes.sae import SAE
 from holdfast.said import Said
 from holdfast.sites import Site
+from holdfast.spans import orthonormal_basis
 from holdfast.subject import Subject
-from holdfast.subspace import orthonormal_basis
 from holdfast.variants import Recovered
 
 SUBSPACES = ("seen", "sparse", "encoder", "principal")

@@ -249,7 +249,7 @@ def report(
 
         with working("generating the replies again"):
             texts = revealed(store, page, set_ or (), limit, Runtime(device))
-    results_table(summarize(plan, store, plan.trials, complete))
+    results_table(summarize(plan, store, complete))
     say_where(write_report(store, plan, page, texts))
 
 

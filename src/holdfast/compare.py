@@ -160,7 +160,8 @@ class Side:
 def read_side(folder: Path) -> Side:
     """Every finished trial of a run, verified. Raises StoreError where there is no run."""
     store, plan, _ = open_run(folder)
-    if not plan.trials:
+    finished = [trial for trial in plan.trials if store.has(trial.id)]
+    if not finished:
         raise CompareError(f"{folder} has no finished trial yet; `holdfast run` goes on with it")
     return side_of(
         str(folder),
@@ -171,7 +172,7 @@ def read_side(folder: Path) -> Side:
                 result=store.load(trial.id)["result"],
                 audited=tuple(row for row in store.examples(trial.id) if row.get("outcome")),
             )
-            for trial in plan.trials
+            for trial in finished
         ],
     )
 

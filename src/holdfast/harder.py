@@ -122,6 +122,7 @@ def _starts(stack: Stack, rows: Tensor, doubling: int, best: Best) -> Climb:
         climb = Climb(rows[own], zero, goal[own], radius[own], rate)
         warm = ascend(looser.problem, looser.feasible, climb, spec.steps, looser.stepper)
         best.count(climb.rows, warm.passes)
+        stack.charge(looser, climb.rows, warm.passes)
 
         def back(sets: FeasibleSet, delta: Tensor, at: Tensor) -> Tensor:
             origin = Iterate.zero(delta)

@@ -13,8 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-_ENTRIES = 2**24
-"""Numbers held at a time: correlations with rows, or rows that are in use."""
+from holdfast.chunks import per_chunk
 
 ROUNDS = 1e-9
 """Of a vector's norm: a correlation below it is rounding."""
@@ -34,11 +33,11 @@ def pursue(targets: Tensor, rows: Tensor, k: int) -> Code:
     """Codes of at most k rows for targets [m d] over rows [n_rows d], which may be kept in half
     precision; fewer where no row is left that points along what remains."""
     (m, d), k = targets.shape, min(k, len(rows))
-    if m > (size := max(1, _ENTRIES // (k * d))):
+    if m > (size := per_chunk(k * d)):
         codes = [pursue(some, rows, k) for some in targets.split(size)]
         return Code(*(torch.cat([getattr(c, f.name) for c in codes]) for f in fields(Code)))
     x, device = targets.double(), targets.device
-    length = torch.cat([some.float().norm(dim=1) for some in rows.split(max(1, _ENTRIES // d))])
+    length = torch.cat([some.float().norm(dim=1) for some in rows.split(per_chunk(d))])
     atoms = torch.full((m, k), -1, dtype=torch.long, device=device)
     units = torch.zeros(m, k, d, dtype=torch.float64, device=device)
     weights = torch.zeros(m, k, dtype=torch.float64, device=device)
@@ -70,7 +69,7 @@ def _most_along(left: Tensor, rows: Tensor, length: Tensor, taken: Tensor) -> tu
     index = torch.zeros(len(left), dtype=torch.long, device=left.device)
     at = torch.arange(len(left), device=left.device)
     small = left.float()
-    size = max(1, _ENTRIES // max(left.shape))
+    size = per_chunk(max(left.shape))
     for first in range(0, len(rows), size):
         own = length[first : first + size]
         scores = small @ rows[first : first + size].T.to(small.dtype)

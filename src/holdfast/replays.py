@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast.bounded import Bounded
 from holdfast.parts import EXACT, Split
+from holdfast.subspace import decoder_null
 from holdfast.variants import PathSpec, Performed, Recovered, Variant
 
 NOBODY, EVERYBODY = "nothing", "all"
@@ -111,7 +112,7 @@ def of_undo(found: Recovered) -> list[Variant]:
         if bank is None:
             spanned.append(torch.zeros_like(delta))
         else:
-            rows = bank.decoder_null(frame)
+            rows = decoder_null(bank, frame)
             spanned.append(delta - rows.retract(delta))
         back = problem.replay.unclamped[site] - problem.replay.reference[site]
         size = back.square().sum(-1, keepdim=True)

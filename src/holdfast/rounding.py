@@ -14,6 +14,7 @@ from holdfast.edits import Perturbation
 from holdfast.full_pass import FullPass
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
+from holdfast.subspace import encoder_null
 
 N_DRAWS = 8
 """Random vectors per prompt that the rounding floor is averaged over."""
@@ -44,7 +45,7 @@ def rounding_floor(
     floors = []
     for site in sites:
         bank, h = held[site], reference.at(site).after
-        space = bank.encoder_null(frame)
+        space = encoder_null(bank, frame)
         length = perturbation.deltas[site].norm(dim=-1, keepdim=True).to(h.device)
         here = (perturbation.positions >= 0).to(h.device)
         generator = torch.Generator().manual_seed(0)

@@ -91,18 +91,16 @@ def run_study(
         empty = {each: error for each in ids if (error := store.empty(each)) is not None}
         todo = [trial for trial in plan.trials if trial.id not in {*done, *empty}]
         if not todo and (kept := summary_made_from(store, made_from(store, ids))):
-            watcher.stored(n_reused, len(ids), None)
+            watcher.stored(len(ids), len(ids), None)
             return RunReport(Path(out), kept, 0, n_reused, *_unsearched(plan, empty))
 
         def summary() -> dict[str, Any]:
-            stored = [trial for trial in plan.trials if trial.id in done]
-            complete = len(done) + len(empty) == len(plan.trials)
-            return summarize(plan, store, stored, complete and not _failures(plan, empty))
+            return summarize(plan, store, len(done) + len(empty) == len(plan.trials))
 
         so_far = Sparingly(lambda: store.write_summary(summary()))
         if done:  # of these points, should the run be cut short before its first new trial
             so_far.now()
-        watcher.stored(len(done), len(plan.trials), None)
+        watcher.stored(len(done) + len(empty), len(plan.trials), None)
         lab = load_lab(plan, todo, runtime)
         outlook = Outlook.before(lab, runtime, todo)
         earlier = store.batch_plan()
@@ -137,7 +135,7 @@ def run_study(
                     _write(ended, store, runtime, findings[ended.trial.id], outlook)
                     done.add(ended.trial.id)
                     so_far.perhaps()
-                watcher.stored(len(done), len(plan.trials), ended.trial)
+                watcher.stored(len(done) + len(empty), len(plan.trials), ended.trial)
         except BaseException:
             so_far.now()
             raise
@@ -269,14 +267,15 @@ def default_folder(plan: Plan, base: Path = Path("runs")) -> Path:
 def open_run(folder: Path) -> tuple[RunFolder, Plan, bool]:
     """A run for reading: its folder, the trials it holds, and whether it is complete.
 
-    Trials come from their records, in the order of the summary, so that a run can be read after
-    the subjects it was made with have moved or changed. Raises StoreError where there is no run,
-    ManifestError where its tables contradict each other.
+    Trials come from what is stored of them, in the order of the summary, so that a run can be read
+    after the subjects it was made with have moved or changed; those that had no prompt are last.
+    Raises StoreError where there is no run, ManifestError where its tables contradict each other.
     """
     store = RunFolder.read(folder)
     try:
         study = Study.model_validate(store.study)
-        trials = [Trial.model_validate(record["trial"]) for record in store.records()]
+        stored = [*store.records(), *store.empties()]
+        trials = [Trial.model_validate(each["trial"]) for each in stored]
     except ValueError as error:
         raise StudyError(f"{folder}: written by another version of holdfast: {error}") from None
     summary = store.summary() or {"complete": False, "trials": []}
@@ -285,5 +284,5 @@ def open_run(folder: Path) -> tuple[RunFolder, Plan, bool]:
     # Records of subjects that have changed since may lie beside them; the summary names the run's.
     trials = sorted((t for t in trials if t.id in order), key=lambda trial: order[trial.id])
     points = {row["id"]: row["point"] for row in rows}
-    check_run(store, trials)
+    check_run(store, [trial for trial in trials if store.has(trial.id)])
     return store, Plan(study, tuple(trials), {}, points), bool(summary["complete"])

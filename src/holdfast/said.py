@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from holdfast.chunks import per_chunk
 from holdfast.saes.sae import SAE
 from holdfast.sites import Site
 from holdfast.variants import Recovered
-
-_ENTRIES = 2**24
-"""Numbers of decoder rows held at a time: 64 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Said:
     def written(self, weights: Tensor, ids: Tensor | None = None) -> Tensor:
         """[m d_model] weights [m r] times decoder rows, of `ids` [m r] where others are meant."""
         ids = self.ids if ids is None else ids
-        size = max(1, _ENTRIES // max(1, ids.shape[1] * self.h.shape[1]))
+        size = per_chunk(ids.shape[1] * self.h.shape[1])
         return torch.cat([
             torch.einsum("mr,mrd->md", own, self.sae.rows(which.clamp(min=0)))
             for own, which in zip(weights.split(size), ids.split(size), strict=True)

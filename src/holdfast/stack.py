@@ -24,7 +24,7 @@ from holdfast.per_row import Dealt, Free, HoldPerRow, SetPerRow, StepperPerRow
 from holdfast.problem import Problem
 from holdfast.steppers import Stepper
 from holdfast.subspace import FeasibleSet
-from holdfast.timed import Stopwatch, TimedHold, TimedSet
+from holdfast.timed import Stopwatch, TimedHold, TimedSet, shares
 
 if TYPE_CHECKING:
     from holdfast.recovery import RecoverySpec
@@ -66,7 +66,8 @@ class Stack:
     """N rows, each under the constraint of its own search.
 
     problem: with what constraints do in the forward pass; loose: without; clocks: of each search,
-    for what its constraint takes by itself: in sets, which others may share, and in the pass.
+    for what its constraint takes by itself: in sets, which others may share, in the pass, and in a
+    looser one's place (`charge`).
     """
 
     searches: tuple[Search, ...]
@@ -106,7 +107,7 @@ class Stack:
         return cls(
             tuple(searches), loose, problem, tuple(posed), _sets(problem, posed, owner, sets),
             StepperPerRow.of([part.stepper for part in posed], owner),
-            tuple((sets[index], holds[index]) for index in number.tolist()),
+            tuple((sets[index], holds[index], Stopwatch()) for index in number.tolist()),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -144,6 +145,17 @@ class Stack:
             for search, kind in zip(self.searches, kinds, strict=True)
         ]
         return Stack._under(eased, self.loose, self.searches), there
+
+    def charge(self, looser: Stack, rows: Tensor, passes: Tensor) -> None:
+        """Let each search pay for what the constraints of a looser stack took by themselves.
+
+        rows, passes [n]: the rows whose lanes were run there, and how often.
+        """
+        lanes = [
+            int(passes[(rows >= own.start) & (rows < own.stop)].sum()) for _, own in self.parts
+        ]
+        for (*_, for_it), seconds in zip(self.clocks, shares(looser.clocks, lanes), strict=True):
+            for_it.seconds += seconds
 
 
 def _sets(

@@ -172,7 +172,8 @@ class RunFolder:
     def empty(self, trial_id: str) -> EmptyValidSetError | None:
         """Why a trial had no prompt to search, None where it is not known to have had none. Raises
         DamagedRecordError."""
-        return None if self.has(trial_id) else load_empty(self._folder(trial_id))
+        found = None if self.has(trial_id) else load_empty(self._folder(trial_id))
+        return EmptyValidSetError(found["reason"], found["funnel"]) if found else None
 
     def sha256(self, trial_id: str) -> str:
         """The hash of a finished trial's record, or of why it had no prompt, as the file is."""
@@ -198,6 +199,12 @@ class RunFolder:
     def records(self) -> list[dict[str, Any]]:
         """The records of all finished trials, in the order of their ids, each verified."""
         return [self.load(file.parent.name) for file in sorted(self._trials.glob(f"*/{RECORD}"))]
+
+    def empties(self) -> list[dict[str, Any]]:
+        """The trials that had no prompt to search, and why, in the order of their ids: each with
+        schema, id, trial, reason and funnel, verified. Raises DamagedRecordError."""
+        folders = [file.parent for file in sorted(self._trials.glob(f"*/{EMPTY}"))]
+        return [found for folder in folders if (found := load_empty(folder))]
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json as last written, None where no trial is finished.

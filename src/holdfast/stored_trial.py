@@ -73,8 +73,8 @@ def write_empty(folder: Path, trial: dict[str, Any], error: EmptyValidSetError) 
     write_atomic(folder / EMPTY, dump(whole))
 
 
-def load_empty(folder: Path) -> EmptyValidSetError | None:
-    """Why the trial had no prompt to search, None where nothing says so."""
+def load_empty(folder: Path) -> dict[str, Any] | None:
+    """The trial that had no prompt to search, and why; None where nothing says so."""
     file = folder / EMPTY
     try:
         found: dict[str, Any] = parse(file.read_bytes())
@@ -85,7 +85,7 @@ def load_empty(folder: Path) -> EmptyValidSetError | None:
     wrong = _wrong_identity(found, EMPTY_KEYS, folder.name)
     if wrong:
         raise _damaged(file, wrong)
-    return EmptyValidSetError(found["reason"], found["funnel"])
+    return found
 
 
 Verified = dict[str, list[tuple[int, int, int]]]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from holdfast.batch import Frame
+from holdfast.saes.bank import FeatureBank
+from holdfast.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -112,36 +114,22 @@ class Everything:
 
 @dataclass(frozen=True)
 class NullSpace:
-    """The orthogonal complement of an orthonormal basis, exact at every iterate.
+    """The orthogonal complement of what some columns span, exact at every iterate.
 
-    basis [g d r] float32, zero columns where a group has a lower rank; slice_of [n]: the basis
-    each row uses; rank [g].
+    slice_of [n]: the span that each row is orthogonal to.
     """
 
-    basis: Tensor
-    rank: Tensor
+    spans: Spans
     slice_of: Tensor
 
     @classmethod
     def of(cls, columns: Tensor, valid: Tensor, slice_of: Tensor) -> NullSpace:
         """The null space of `columns` [g d k] (those that are `valid` [g k]), group by group."""
-        return cls.apart(
-            [own[:, there] for own, there in zip(columns, valid, strict=True)], slice_of
-        )
-
-    @classmethod
-    def apart(cls, columns: Sequence[Tensor], slice_of: Tensor) -> NullSpace:
-        """The null spaces of several sets of columns [d k], each of a size of its own."""
-        bases = [orthonormal_basis(own) for own in columns]
-        rank = torch.as_tensor([basis.shape[1] for basis in bases], device=slice_of.device)
-        padded = torch.zeros(len(bases), columns[0].shape[0], max(int(rank.max()), 1))
-        for g, basis in enumerate(bases):
-            padded[g, :, : basis.shape[1]] = basis
-        return cls(padded.to(slice_of.device), rank, slice_of)
+        return cls(Spans.among(columns, valid), slice_of)
 
     @property
     def dimension(self) -> Tensor:
-        return (self.basis.shape[1] - self.rank)[self.slice_of]
+        return (self.spans.basis.shape[1] - self.spans.rank)[self.slice_of]
 
     def rows(self, rows: Tensor) -> NullSpace:
         return replace(self, slice_of=self.slice_of[rows])
@@ -151,13 +139,25 @@ class NullSpace:
 
     def retract(self, delta: Tensor) -> Tensor:
         # Twice: the second pass removes what the first one's rounding left ("twice is enough").
-        basis = self.basis[0] if len(self.basis) == 1 else self.basis[self.slice_of]
+        every = self.spans.basis
+        basis = every[0] if len(every) == 1 else every[self.slice_of]
         for _ in range(2):
             delta = delta - (delta @ basis) @ basis.mT
         return delta
 
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
         return into_ball(self.retract(delta), radius)
+
+
+def encoder_null(bank: FeatureBank, frame: Frame) -> NullSpace:
+    """What moves none of a bank's features: the orthogonal complement of their encoder columns, row
+    by row."""
+    return NullSpace(bank.encoder_spans, bank.slices(frame))
+
+
+def decoder_null(bank: FeatureBank, frame: Frame) -> NullSpace:
+    """What is orthogonal to everything that a bank's features write, row by row."""
+    return NullSpace(bank.decoder_spans, bank.slices(frame))
 
 
 @dataclass(frozen=True)
@@ -219,21 +219,3 @@ class PerSlot:
 
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
         return into_ball(self.retract(delta), radius)
-
-
-def orthonormal_basis(columns: Tensor) -> Tensor:
-    """An orthonormal basis [d r] of the span of columns [d k], float32, by rank-revealing QR.
-
-    Column-pivoted Householder QR in float64; r counts the diagonal entries of R above
-    max(d, k)·eps·|R₀₀|, so repeated and dependent encoder columns are counted once.
-    """
-    from scipy.linalg import qr
-
-    d, k = columns.shape
-    if k == 0:
-        return torch.zeros(d, 0)
-    q, r, _ = qr(columns.double().cpu().numpy(), mode="economic", pivoting=True)
-    diagonal = np.abs(np.diag(r))
-    tolerance = max(d, k) * np.finfo(np.float64).eps * diagonal[0]
-    rank = int((diagonal > tolerance).sum())
-    return torch.from_numpy(np.ascontiguousarray(q[:, :rank])).float()

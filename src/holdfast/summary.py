@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.canonical import SCHEMA
-from holdfast.grid import points
+from holdfast.errors import EmptyValidSetError
+from holdfast.grid import describe, points
 from holdfast.planning import Plan
 from holdfast.second_opinions import PREFIX
 from holdfast.store import RunFolder
@@ -14,15 +15,15 @@ from holdfast.study import headline_constraint
 from holdfast.trial import Trial
 from holdfast.unlearning import UnlearningScore, score_of, settings_of
 from holdfast.verdict import Judgement, Separation, judge, separation
+from holdfast.wording import arm_name
 
-LISTS = ("trials", "attempts", "answers", "suffixes")
+LISTS = ("trials", "attempts", "answers", "suffixes", "empty")
 """Where the rows of a run's trials stand, in the order of a plan read back."""
 
 
-def summarize(
-    plan: Plan, store: RunFolder, done: Sequence[Trial], complete: bool
-) -> dict[str, Any]:
-    """summary.json as CONTRACTS lays it out, for the trials that are done."""
+def summarize(plan: Plan, store: RunFolder, complete: bool) -> dict[str, Any]:
+    """summary.json as CONTRACTS lays it out, for the trials of the plan that are stored."""
+    done = [trial for trial in plan.trials if store.has(trial.id)]
     rows = [row(plan, store, trial, done) for trial in done if trial.searches]
     return {
         "schema": SCHEMA,
@@ -34,6 +35,9 @@ def summarize(
             name: [make(plan, store, trial) for trial in done if trial.attack.listed == name]
             for name, make in (("attempts", attempt), ("answers", answer), ("suffixes", suffix))
         },
+        "empty": [
+            empty(plan, trial, why) for trial in plan.trials if (why := store.empty(trial.id))
+        ],
         "unlearning": [score.model_dump(mode="json") for score in unlearning(plan, store, done)],
     }
 
@@ -194,6 +198,28 @@ def suffix(plan: Plan, store: RunFolder, trial: Trial) -> dict[str, Any]:
             for figure in ("relative_mean", "preactivation_max")
         },
     }
+
+
+def empty(plan: Plan, trial: Trial, why: EmptyValidSetError) -> dict[str, Any]:
+    """The row of a trial that had no prompt to search. name: what it is called on a page; funnel:
+    stage → how many prompts came so far."""
+    return {
+        "id": trial.id,
+        "audit": trial.audit,
+        "behavior": trial.behavior.kind,
+        "point": plan.points.get(trial.id, {}),
+        "attack": trial.attack.kind,
+        "control": trial.control.kind,
+        "name": name_of(plan, trial),
+        "sentence": str(why),
+        "funnel": why.funnel,
+    }
+
+
+def name_of(plan: Plan, trial: Trial) -> str:
+    """A trial by audit, constraint or attack, place on the grid, and what is searched for."""
+    arm = [arm_name(trial.control.kind)] if trial.searches else []
+    return ", ".join([trial.audit, trial.label, *describe(plan.points.get(trial.id, {})), *arm])
 
 
 def _shared(plan: Plan, trial: Trial, record: Mapping[str, Any]) -> dict[str, Any]:

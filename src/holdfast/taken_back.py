@@ -14,6 +14,7 @@ from holdfast.full_pass import FullPass
 from holdfast.held_features import square
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
+from holdfast.subspace import decoder_null
 
 
 def taken_back(
@@ -33,7 +34,7 @@ def taken_back(
         there = there + square(back)
         if site in held:
             bank = held[site]
-            rows = bank.decoder_null(frame)
+            rows = decoder_null(bank, frame)
             outside = rows.retract(perturbation.deltas[site]).double().cpu()
             inside = inside + square(delta - outside)
     norm = perturbation.norm.cpu()

@@ -111,8 +111,7 @@ def test_chunks_change_nothing(
     made: dict[str, Bounded],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("holdfast.saes.sae.ENTRIES", 64)  # a few features at a time
-    monkeypatch.setattr("holdfast.pursuit._ENTRIES", 64)  # a slot at a time
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", 64)  # a few features, and a slot, at a time
     for name, own in bounded(found, components, ATOMS, seed=0).items():
         torch.testing.assert_close(own.part, made[name].part, atol=1e-5, rtol=1e-4)
         assert torch.equal(own.rank, made[name].rank)

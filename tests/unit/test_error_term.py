@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import product
 from pathlib import Path
@@ -20,7 +21,7 @@ from holdfast.interventions.several import Several
 from holdfast.planning import Plan
 from holdfast.reconstruction import explained
 from holdfast.report.data import ReportData, gather
-from holdfast.report.error_term import section
+from holdfast.report.error_term import LINES, section
 from holdfast.report.page import render
 from holdfast.setting import prepare
 from holdfast.sites import Site
@@ -280,6 +281,33 @@ def test_a_page_has_the_sections_and_their_figures(data: ReportData) -> None:
     assert "error_term=0.5, order=clamp_then_perturbation" in page
     for word in ("nan", "None", "inf%"):
         assert not re.search(rf">\s*{word}\b", page), word
+
+
+def test_lines_over_alpha_have_the_intervals_of_their_rows_and_gaps_without(
+    data: ReportData,
+) -> None:
+    from dataclasses import replace
+
+    (audit,) = data.audits
+    points = [
+        replace(point, main=replace(point.main, audited=()))
+        if point.main.trial.intervention.error_scale == 0.5  # type: ignore[attr-defined]
+        else point
+        for point in audit.points
+    ]
+    made = section(replace(data, audits=(replace(audit, points=tuple(points)),)))
+    assert made is not None
+    for sweep in made.context["sweeps"]:
+        assert [row.recovered.estimate is None for row in sweep["rows"]] == [False, True, False]
+        for trace, (key, name, _) in zip(json.loads(sweep["figure"].json)["data"], LINES,
+                                         strict=True):  # fmt: skip
+            own = [getattr(row, key) for row in sweep["rows"]]
+            assert (trace["name"], trace["x"]) == (name, list(ALPHAS))
+            assert trace["y"] == [m.estimate for m in own]
+            known = [(m, at) for at, m in enumerate(own) if m.estimate is not None]
+            for m, at in known:
+                high, low = (trace["error_y"][side][at] for side in ("array", "arrayminus"))
+                assert (m.estimate + high, m.estimate - low) == pytest.approx((m.high, m.low))
 
 
 def test_saes_that_explain_more_and_less_are_told_apart(data: ReportData) -> None:

@@ -25,6 +25,7 @@ from holdfast.attacks.residual import MOST_ROWS, packed, pose
 from holdfast.batching import MOST, WORK, Sizes
 from holdfast.canonical import digest
 from holdfast.capability import MOST_LOGITS
+from holdfast.chunks import ENTRIES
 from holdfast.constraints.active_null import ActiveNull
 from holdfast.constraints.in_place import MAX_ROUNDS
 from holdfast.constraints.jacobian_probes import JacobianProbes
@@ -56,7 +57,6 @@ from holdfast.problem import Problem
 from holdfast.recovery import RecoverySpec
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
-from holdfast.saes.sae import ENTRIES
 from holdfast.saes.sources import Shape
 from holdfast.setting import Data
 from holdfast.sites import Site

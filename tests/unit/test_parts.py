@@ -249,8 +249,7 @@ def test_every_kind_of_sae_is_split(kind: str) -> None:
 def test_chunks_change_nothing(
     found: Recovered, parts: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("holdfast.saes.sae.ENTRIES", 64)  # a few features at a time
-    monkeypatch.setattr("holdfast.said._ENTRIES", 64)  # a slot at a time
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", 64)  # a few features, and a slot, at a time
     again = split(found, 3)
     for name in (*EXACT, "top", "seen"):
         torch.testing.assert_close(getattr(again, name), getattr(parts, name), atol=2e-5, rtol=1e-4)
@@ -272,7 +271,7 @@ def test_a_residual_meets_the_sae_once(k: int | None, monkeypatch: pytest.Monkey
         return self
 
     monkeypatch.setattr("holdfast.saes.sae.product", product)
-    monkeypatch.setattr("holdfast.saes.sae.ENTRIES", 900)  # many blocks, and no half of them
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", 900)  # many blocks, and no half of them
     monkeypatch.setattr(SAE, "full", full)
     take_apart(found, None, 3, 6, 0)
     whole = len(found) * sae.n_features

@@ -14,6 +14,13 @@ import holdfast
 
 PACKAGE = Path(holdfast.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+UNDER_TEST = {
+    "sites", "families", "subject", "hooks", "replay", "batch", "features", "edits", "saes", "spans"
+}  # fmt: skip
+SEARCHED = {
+    "problem", "subspace", "jacobian", "interventions", "behaviors", "discovery", "constraints",
+    "attacks", "recovery", "verify", "controls", "trial", "study", "store", "executor", "report",
+}  # fmt: skip
 HEAVY = ("torch", "transformers", "sae_lens", "sklearn", "scipy", "plotly", "pyarrow")
 
 
@@ -98,6 +105,24 @@ def test_every_kind_can_be_imported_first() -> None:
         "        del sys.modules[known]\n"
         "    importlib.import_module(name)\n"
     )
+
+
+def part_of(path: Path) -> str:
+    """The module or folder of the package that a file is, or is in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if part_of(p) in UNDER_TEST], ids=lambda p: p.stem
+)
+def test_the_thing_under_test_knows_of_no_search(path: Path) -> None:
+    """What is known of a model and its SAEs rests on nothing that is done with them."""
+    imported = {
+        node.module.split(".")[1]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("holdfast.")
+    }
+    assert not imported & SEARCHED
 
 
 # --- What the code never does ---------------------------------------------------------------------

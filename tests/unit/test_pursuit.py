@@ -99,7 +99,7 @@ def test_what_no_row_points_along_has_no_code() -> None:
 def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     dictionary, targets = rows(50, 16), rows(7, 16, seed=4)
     whole = pursue(targets, dictionary, 6)
-    monkeypatch.setattr("holdfast.pursuit._ENTRIES", 2 * 6 * 16)  # two targets, some rows
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", 2 * 6 * 16)  # two targets, some rows
     again = pursue(targets, dictionary, 6)
     alone = torch.cat([pursue(target[None], dictionary, 6).fit for target in targets])
     assert torch.equal(again.atoms, whole.atoms)

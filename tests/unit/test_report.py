@@ -18,6 +18,7 @@ import torch
 
 from holdfast.canonical import SCHEMA
 from holdfast.constraints.jacobian_null import JacobianNull
+from holdfast.errors import EmptyValidSetError
 from holdfast.finding import Finding
 from holdfast.planning import Plan
 from holdfast.report import drift, norms, write_picture, write_report
@@ -26,6 +27,7 @@ from holdfast.report.figures import script_safe
 from holdfast.report.known_answer import findings
 from holdfast.store import RunFolder
 from holdfast.study import Study
+from holdfast.summary import name_of
 from holdfast.trial import SAEIdentity, SubjectIdentity, Trial
 from holdfast.undone import ARMS, FORCED, LEADS, WHOLE
 
@@ -518,6 +520,31 @@ def test_a_plan_of_finished_trials_still_names_the_audits_that_are_missing(tmp_p
     data = gather(store, done)
     assert not data.complete
     assert data.unfinished == ("all of mcq", "all of bottleneck", "all of second_route")
+
+
+@pytest.mark.parametrize("empty", [("ioi", "no_clamp"), ("mcq", ""), ("", "")])
+def test_a_trial_without_a_valid_prompt_has_ended_and_the_page_says_why(
+    tmp_path: Path, empty: tuple[str, str]
+) -> None:
+    """Of one control, of a whole audit, and of all there is."""
+
+    def has_prompts(trial: Trial) -> bool:
+        own = (trial.audit, trial.control.kind)
+        return any(mine not in ("", its) for mine, its in zip(empty, own, strict=True))
+
+    store, plan = make_run(tmp_path / "run", keep=has_prompts)
+    first, *others = [trial for trial in plan.trials if not has_prompts(trial)]
+    with RunFolder.open(store.path, store.study, None) as writing:
+        for trial in others:
+            writing.write_empty(trial, EmptyValidSetError("<none>", {"tried": 8, "valid": 0}))
+        assert gather(store, plan).unfinished == (name_of(plan, first),)
+        writing.write_empty(first, EmptyValidSetError("too strong", {"tried": 8, "valid": 0}))
+    data, page = gather(store, plan), own(page_of(store, plan))
+    assert data.complete and not data.unfinished
+    n = f"{len(others) + 1} of {len(plan.trials)} finished trials"
+    assert f"{n} had no valid prompt" in page and f"<li>{name_of(plan, first)}." in page
+    assert "too strong" in page and "&lt;none&gt;" in page
+    assert "is incomplete" not in page and "No trial is finished yet." not in page
 
 
 def test_a_run_without_any_trial(tmp_path: Path) -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
 
 from holdfast import RunFolder, Runtime, plan, run_study
 from holdfast.batching import Batching, Beginning, Sizes, kept_parts
+from holdfast.compare import read_side
 from holdfast.errors import DamagedRecordError
 from holdfast.made_from import page_made_with
 from holdfast.planning import Plan
 from holdfast.report import write_report
-from holdfast.run import RunReport, open_run
+from holdfast.run import RunReport, Watcher, open_run
 from holdfast.stacked import StackPlan
 from holdfast.store import BATCH_PLAN
 from holdfast.study import parse
@@ -349,16 +351,31 @@ def test_a_point_without_a_prompt_is_kept_with_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a finished run needs no model to say it again; and a damaged one is found."""
-    first = run(tmp_path, IDLE)
+    counted: list[tuple[int, int]] = []
+
+    def watched() -> RunReport:
+        watcher = Watcher(stored=lambda n, n_all, trial: counted.append((n, n_all)))
+        return run_study(made(IDLE), tmp_path, Runtime(workers=1), watcher=watcher)
+
+    first = watched()
+    assert counted == [(n, 4) for n in range(5)], "each that ends brings the count on"
     assert (first.n_run, first.failures) == (2, ())
     assert len(first.skipped) == 2 and all("suppressed 0" in why for why in first.skipped)
     assert first.summary["complete"]
     with monkeypatch.context() as patch:
         for name in ("summarize", "check_run", "load_lab", "execute"):
             patch.setattr(f"holdfast.run.{name}", refuse)
-        again = run(tmp_path, IDLE)
+        again = watched()
+    assert counted[5:] == [(4, 4)]
     assert (again.n_run, again.n_reused, again.skipped) == (0, 2, first.skipped)
     assert again.summary == json.loads((tmp_path / "summary.json").read_text())
+    store, read, complete = open_run(tmp_path)
+    assert complete and {t.id for t in read.trials} == {t.id for t in made(IDLE).trials}
+    page = write_report(store, read, tmp_path / "report.html").read_text()
+    assert "2 of 4 finished trials had no valid prompt" in page and "is incomplete" not in page
+    assert "only, encoder_null, intervention.value=1.0, wrong target" in page
+    assert all(escape(why) in page for why in first.skipped)
+    assert len(read_side(tmp_path).trials) == 2, "there is nothing to compare in the others"
     file = next(tmp_path.glob("trials/*/empty.json"))
     text = file.read_text()
     file.unlink()

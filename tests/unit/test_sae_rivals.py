@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from holdfast.capacity import total_bytes
 from holdfast.errors import SAEError
 from holdfast.saes import encoders, products, tensors
-from holdfast.saes import sae as sae_module
 from holdfast.saes.encoders import Held, Streamed, kept
 from holdfast.saes.inputs import Inputs
 from holdfast.saes.products import product
@@ -56,7 +55,7 @@ def test_the_kth_value_is_the_same_wherever_the_encoder_lies(
     stored = opened(folder).layout.tensors[opened(folder).layout.W_enc].dtype
     kinds = {ALL: Held, SOME: Held if stored.itemsize == 2 else Streamed, NONE: Streamed}
     assert half <= (stored.itemsize == 2)
-    monkeypatch.setattr(sae_module, "ENTRIES", 300)  # so that there are several blocks
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", 300)  # so that there are several blocks
     for share, kind in kinds.items():
         rivals = laid(folder, share, monkeypatch)
         assert type(rivals.encoder) is kind
@@ -85,7 +84,7 @@ def test_what_is_streamed_is_never_whole_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither when it is opened nor when a limit is computed, whatever the width."""
-    monkeypatch.setattr(sae_module, "ENTRIES", 4096)
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", 4096)
     monkeypatch.setattr(tensors, "BLOCK", 16_384)
     peaks = []
     for n in (4096, 16_384):

@@ -104,7 +104,7 @@ def test_the_whole_in_pieces_encodes_as_it_does_at_once(
 ) -> None:
     folder, reference = case(tmp_path)
     sae, x = opened(folder), torch.as_tensor(reference.residuals()).reshape(64, -1).double()
-    monkeypatch.setattr("holdfast.saes.sae.ENTRIES", 64 * 10)
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", 64 * 10)
     for one in (sae, sae.full()):
         pieces = list(encoded(one, x))
         assert len(pieces) == -(-N // 10), "ten features at a time"

@@ -17,7 +17,6 @@ from holdfast.discovery.tpp_effect import mean_codes
 from holdfast.edits import FeatureEdit
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.forecast.memory import CODES
-from holdfast.saes import sae as sae_module
 from holdfast.saes import tensors
 from holdfast.saes.bank import FeatureBank
 from holdfast.saes.encoders import Held
@@ -40,7 +39,7 @@ SMALL = 4096
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sae_module, "ENTRIES", SMALL)
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", SMALL)
 
 
 def kinds(n: int = 64) -> Iterator[SAE]:
@@ -72,7 +71,7 @@ def test_the_kth_value_in_blocks_is_that_of_a_sort(
     monkeypatch: pytest.MonkeyPatch, k: int, entries: int
 ) -> None:
     """Whole numbers, so that there is no rounding, and many ties."""
-    monkeypatch.setattr(sae_module, "ENTRIES", entries)
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", entries)
     generator = torch.Generator().manual_seed(k)
     x, W, b = (
         torch.randint(-2, 4, shape, generator=generator).double()
@@ -90,7 +89,7 @@ def test_blocks_change_no_code_and_no_reconstruction(monkeypatch: pytest.MonkeyP
     for sae in kinds():
         whole = sae.encode(x)
         expected = sae.decode(whole, x)
-        monkeypatch.setattr(sae_module, "ENTRIES", 300)
+        monkeypatch.setattr("holdfast.chunks.ENTRIES", 300)
         kth = sae.kth(x)
         parts = [sae.encode(x, own, kth) for own in sae.blocks(55)]
         assert len(parts) > 10
@@ -117,7 +116,7 @@ def test_blocks_change_no_attribution(
 
     for sae in kinds():
         expected = found(sae)
-        monkeypatch.setattr(sae_module, "ENTRIES", 300)
+        monkeypatch.setattr("holdfast.chunks.ENTRIES", 300)
         for one, two in zip(found(sae), expected, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
         monkeypatch.undo()
@@ -193,7 +192,7 @@ def test_the_whole_is_read_with_nothing_beside_it(
     write(tmp_path, n=n, **settings)
     source = Folder(path=str(tmp_path))
     monkeypatch.setattr(tensors, "BLOCK", 50_000)
-    monkeypatch.setattr(sae_module, "ENTRIES", 2048)
+    monkeypatch.setattr("holdfast.chunks.ENTRIES", 2048)
     stored = source.load(Site.parse(source.layout().site or SITE_NAME))
     with Live() as live:
         sae = stored.full()

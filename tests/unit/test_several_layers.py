@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast import subspace
+from holdfast import spans
 from holdfast.batch import Batch
 from holdfast.constraints import ConstraintKind
 from holdfast.constraints.encoder_null import EncoderNull
@@ -162,13 +162,13 @@ def test_the_columns_of_a_site_are_factored_once(
 ) -> None:
     """However many constraints hold them and vectors are verified."""
     factored: list[int] = []
-    factor = subspace.orthonormal_basis
+    factor = spans.orthonormal_basis
 
     def factoring(own: Tensor) -> Tensor:
         factored.append(own.shape[1])
         return factor(own)
 
-    monkeypatch.setattr(subspace, "orthonormal_basis", factoring)
+    monkeypatch.setattr(spans, "orthonormal_basis", factoring)
     fresh = {site: FeatureBank.of(deep.sae(site), FEATURES) for site in SITES}
     problem = posed(deep, prompts, fresh, clamps)
     for kind in (FeatureHold(), UndoNull(), FeatureHold()):

@@ -404,7 +404,7 @@ def test_the_page_and_the_terminal_show_each_weight_beside_the_search(
     assert "white box" in section and "a soft suffix in the same prompts" in said
     attacks = [t.attack for t in planned.trials if t.attack.kind == "soft_suffix"]
     for attack in attacks:
-        assert f"<td>{attack.climbs[0] + 1}</td>" in section
+        assert f"<td>{attack.own_search.steps + 1}</td>" in section
     points = gather(store, planned).points
     for point in points[-1:]:  # the search that is set beside them
         took = point.main.measured("lane_steps")

@@ -16,6 +16,8 @@ from holdfast.attacks import Attacked, TrialResult
 from holdfast.attacks.residual import MOST_ROWS, _searched, _sharing, pose, pose_together
 from holdfast.batch import Example
 from holdfast.batching import Beginning, Sizes
+from holdfast.constraints import ConstraintKind
+from holdfast.constraints.one_sided import OneSided
 from holdfast.controls import Case
 from holdfast.controls.none import NoControl
 from holdfast.controls.wrong_target import WrongTarget
@@ -428,6 +430,27 @@ def test_a_search_pays_for_what_its_constraint_does_by_itself(
     assert sum(taken.values()) == pytest.approx(now[0])
     beside = {name: (taken[name] - own[name]) / lanes[name] for name in names}
     assert list(beside.values()) == pytest.approx([beside["unconstrained"]] * len(names))
+
+
+def test_a_search_pays_for_the_looser_constraint_that_it_starts_warm_from(
+    one_site: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only goes on where residuals are put between two planes, which nothing but
+    the looser constraint does: it is that of two searches, and only one of them fails."""
+    now, plain = [0.0], Polyhedron.retract
+
+    def slow(self: Polyhedron, delta: Tensor) -> Tensor:
+        now[0] += 1
+        return plain(self, delta)
+
+    monkeypatch.setattr(Polyhedron, "retract", slow)
+    monkeypatch.setattr(ConstraintKind, "looser", OneSided())
+    spec = {"unconstrained": 0.01, "encoder_null": 0.01, "gradient_projection": 3.0}
+    members = [attacked(one_site, spec_of(name, relative)) for name, relative in spec.items()]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    _, failed, reached = found = [recovery for _, recovery, _ in _searched(members)]
+    assert "not_recovered" in failed.outcomes and set(reached.outcomes) == {"recovered"}
+    assert [recovery.own_seconds for recovery in found] == [0, now[0], 0] and now[0] > 0
 
 
 def test_a_clock_stands_still_while_one_within_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,9 +82,9 @@ class TrialResult:
     seconds: float = float("nan")
 
 
-class Climbs(NamedTuple):
-    """Steps of a search through the whole model, the tokens it puts into every prompt, and whether
-    a monitor of the held features is read beside it."""
+class OwnSearch(NamedTuple):
+    """What an attack searches by itself, through the whole model: in how many steps, with how many
+    tokens put into every prompt, and whether a monitor of the held features is read beside it."""
 
     steps: int = 0
     added: int = 0
@@ -114,9 +114,9 @@ class AttackKind(Kind):
         return ()
 
     @property
-    def climbs(self) -> Climbs:
-        """Its search of its own; none of an attempt in words."""
-        return Climbs()
+    def own_search(self) -> OwnSearch:
+        """What it searches by itself; nothing of an attempt in words."""
+        return OwnSearch()
 
     @property
     def answers(self) -> tuple[int, int, int]:

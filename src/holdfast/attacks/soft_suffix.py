@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from holdfast.attacks import Attacked, AttackKind, Climbs, Listed, TrialResult
+from holdfast.attacks import Attacked, AttackKind, Listed, OwnSearch, TrialResult
 from holdfast.attacks.suffix_found import SuffixFound, examples_of, result_of
 from holdfast.attacks.suffix_search import Objective, climb
 from holdfast.attacks.suffixed import Suffixed
@@ -61,8 +61,8 @@ class SoftSuffix(AttackKind):
         return ", ".join([self.kind, f"weight {self.weight:g}", *others])
 
     @property
-    def climbs(self) -> Climbs:
-        return Climbs(self.steps, self.n_tokens, self.weight > 0)
+    def own_search(self) -> OwnSearch:
+        return OwnSearch(self.steps, self.n_tokens, self.weight > 0)
 
     def check(self, behavior: BehaviorKind) -> None:
         if behavior.pools_tokens:

@@ -11,6 +11,7 @@ from holdfast.constraints.in_place import HoldingKind
 from holdfast.problem import Problem
 from holdfast.saes.pieces import encoded
 from holdfast.sites import Site
+from holdfast.spans import Spans
 from holdfast.subspace import NullSpace, NullSpacePerSlot
 
 NEAR = 1e-5
@@ -49,5 +50,6 @@ class ActiveNull(HoldingKind):
             on = (piece.p > piece.limit - near) & there.reshape(-1, 1)
             for slot in on.any(1).nonzero().flatten().tolist():
                 columns[slot].append(piece.own.W_enc[:, on[slot]])
+        spans = Spans.of([torch.cat(own, 1) for own in columns])
         slots = torch.arange(n * p, device=h.device)
-        return NullSpacePerSlot(NullSpace.apart([torch.cat(c, 1) for c in columns], slots), there)
+        return NullSpacePerSlot(NullSpace(spans, slots), there)

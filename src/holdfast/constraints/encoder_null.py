@@ -6,7 +6,7 @@ from typing import Literal
 
 from holdfast.constraints import ConstraintKind, Promise, check_affine, only_site
 from holdfast.problem import Problem
-from holdfast.subspace import NullSpace
+from holdfast.subspace import NullSpace, encoder_null
 
 
 class EncoderNull(ConstraintKind):
@@ -32,4 +32,4 @@ class EncoderNull(ConstraintKind):
     def feasible(self, problem: Problem) -> NullSpace:
         held = only_site(problem, self.kind)
         check_affine(problem, self.kind)
-        return held.encoder_null(problem.replay.frame)
+        return encoder_null(held, problem.replay.frame)

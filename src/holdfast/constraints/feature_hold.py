@@ -7,7 +7,7 @@ from typing import Literal
 from holdfast.constraints.in_place import HoldingKind
 from holdfast.problem import Problem
 from holdfast.sites import Site
-from holdfast.subspace import NullSpace
+from holdfast.subspace import NullSpace, encoder_null
 
 
 class FeatureHold(HoldingKind):
@@ -22,4 +22,4 @@ class FeatureHold(HoldingKind):
     kind: Literal["feature_hold"] = "feature_hold"
 
     def space(self, problem: Problem, site: Site) -> NullSpace:
-        return problem.held[site].encoder_null(problem.replay.frame)
+        return encoder_null(problem.held[site], problem.replay.frame)

@@ -11,7 +11,7 @@ from torch import Tensor
 from holdfast.constraints.in_place import HoldingKind
 from holdfast.problem import Problem
 from holdfast.sites import Site
-from holdfast.subspace import Iterate, NullSpace, into_ball
+from holdfast.subspace import Iterate, NullSpace, encoder_null, into_ball
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class UndoNull(HoldingKind):
     kind: Literal["undo_null"] = "undo_null"
 
     def space(self, problem: Problem, site: Site) -> WithoutUndo:
-        space = problem.held[site].encoder_null(problem.replay.frame)
+        space = encoder_null(problem.held[site], problem.replay.frame)
         back = problem.replay.unclamped[site] - problem.replay.reference[site]
         undo = space.retract(back)
         # What rounding leaves of a displacement within the encoder's span is no direction.

@@ -11,7 +11,7 @@ def attempting(scene: Scene) -> Stage:
     """Scripts, answers to the prompts as they are, or a search of the attack's own."""
     opposed = scene.prompts.opposed
     made = observed(scene, opposed, False) if opposed else Work()
-    made += total([_said(scene), _answered(scene), _climbed(scene)])
+    made += total([_said(scene), _answered(scene), _searched(scene)])
     return Stage("attempt", made, made)
 
 
@@ -42,27 +42,27 @@ def _answered(scene: Scene) -> Work:
     return made
 
 
-def _climbed(scene: Scene) -> Work:
+def _searched(scene: Scene) -> Work:
     """Steps through the whole model, on the columns from the tokens on that were put in; then read
     clean, as it began and as it ended, and held features at all that was read and generated."""
-    climbs, rows, passes = scene.trial.attack.climbs, scene.rows, scene.passes
-    if not climbs.steps:
+    search, rows, passes = scene.trial.attack.own_search, scene.rows, scene.passes
+    if not search.steps:
         return Work()
     behavior, prompts = scene.trial.behavior, scene.prompts
-    columns = climbs.added + prompts.template + behavior.n_read - 1
-    tokens = prompts.width + climbs.added + behavior.n_read - 1
+    columns = search.added + prompts.template + behavior.n_read - 1
+    tokens = prompts.width + search.added + behavior.n_read - 1
     forward = passes.replay(rows, 0, columns, tokens, scene.n_logits, scene.read_depth)
     forward += clamped(scene, rows, columns)
-    if climbs.monitored:  # by a pass of its own
+    if search.monitored:  # by a pass of its own
         last = max(scene.features).depth
         forward += passes.replay(rows, 0, columns, tokens, last=last)
         forward += clamped(scene, rows, columns)
     n_batches = -(-rows // max(1, scene.sizes.steps))
     step = forward * 2 + passes.launches(0) * n_batches
     read = passes.full(rows, tokens, behavior.n_read) + clamped(scene, rows, tokens)
-    made = step * (climbs.steps + 1) + observed(scene, 3 * rows, True)
+    made = step * (search.steps + 1) + observed(scene, 3 * rows, True)
     made += read * 5  # recorded; the margin; and as found, as it began, and as it was
     if behavior.answer_tokens:
-        long = prompts.width + climbs.added + behavior.answer_tokens
+        long = prompts.width + search.added + behavior.answer_tokens
         made += (passes.full(rows, long, behavior.answer_tokens) + clamped(scene, rows, long)) * 3
     return made

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from holdfast.batching import MOST, WORK, Sizes, Work
 from holdfast.capability import MOST_LOGITS
+from holdfast.chunks import ENTRIES
 from holdfast.forecast.architecture import Block
 from holdfast.forecast.scene import Scene
 from holdfast.saes import encoders
-from holdfast.saes.sae import ENTRIES
 from holdfast.saes.sources import Shape
 from holdfast.sites import Site
 

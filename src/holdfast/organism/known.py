@@ -28,8 +28,8 @@ from holdfast.organism.projected import project, save_projection
 from holdfast.saes.sources import Folder, SAESpec
 from holdfast.setting import Data
 from holdfast.sites import Site
+from holdfast.spans import orthonormal_basis
 from holdfast.subject import Subject
-from holdfast.subspace import orthonormal_basis
 
 SITE = Site(2)
 N_FEATURES = 24

@@ -13,9 +13,8 @@ from holdfast.planning import Plan
 from holdfast.recovery import RecoverySpec
 from holdfast.store import RunFolder
 from holdfast.study import Audit, headline_constraint
-from holdfast.summary import siblings, summarize
+from holdfast.summary import name_of, siblings, summarize
 from holdfast.trial import Trial
-from holdfast.wording import arm_name
 
 FREE = ("unconstrained", "random_subspace")
 """The constraint that holds nothing: recovery under it says nothing about the clamp."""
@@ -152,9 +151,10 @@ class AuditData:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a report shows. unfinished: what is known to be missing, by name; attempts: in the
-    prompt, answers that were begun or drawn, and suffixes, which no verdict is read from; people:
-    what people's labels amount to, a sheet each; texts: empty unless they are to be revealed."""
+    """Everything a report shows. n_done: trials that have ended, also those that had no prompt to
+    search; unfinished: what is known to be missing, by name; attempts: in the prompt, answers that
+    were begun or drawn, and suffixes, which no verdict is read from; people: what people's labels
+    amount to, a sheet each; texts: empty unless they are to be revealed."""
 
     study: str
     study_hash: str
@@ -197,8 +197,8 @@ def gather(store: RunFolder, plan: Plan, texts: Texts | None = None) -> ReportDa
     unfinished = _unfinished(store, plan)
     # A plan read back from a folder holds its finished trials only: the summary knows better.
     written = store.summary()
-    complete = bool(done) and not unfinished and (written is None or written["complete"])
-    summary = summarize(plan, store, done, complete)
+    complete = not unfinished and (written is None or written["complete"])
+    summary = summarize(plan, store, complete)
     if written is not None and KEY in written:  # so that a run knows whether the page is of it
         summary[KEY] = written[KEY]
     rows = {row["id"]: row for row in summary["trials"]}
@@ -224,7 +224,7 @@ def gather(store: RunFolder, plan: Plan, texts: Texts | None = None) -> ReportDa
         summary=summary,
         audits=tuple(_audit(name, known.get(name), done, arms) for name in names),
         complete=complete,
-        n_done=len(done),
+        n_done=len(done) + len(summary["empty"]),
         unfinished=unfinished,
         attempts=attempts,
         answers=answers,
@@ -257,13 +257,12 @@ def _beside(
 
 
 def _unfinished(store: RunFolder, plan: Plan) -> tuple[str, ...]:
-    """Planned trials without a record, and audits of the study without any trial."""
+    """Planned trials that have not ended, and audits of the study without any trial."""
     begun = {trial.audit for trial in plan.trials}
     return tuple(
-        f"{trial.audit}, {trial.label}"
-        + (f", {arm_name(trial.control.kind)}" if trial.searches else "")
+        name_of(plan, trial)
         for trial in plan.trials
-        if not store.has(trial.id)
+        if not store.has(trial.id) and store.empty(trial.id) is None
     ) + tuple(f"all of {audit.name}" for audit in plan.study.audits if audit.name not in begun)
 
 

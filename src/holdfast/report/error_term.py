@@ -12,7 +12,8 @@ import torch
 from holdfast.interventions import INTERVENTIONS, InterventionKind
 from holdfast.measure import Measurement, rate
 from holdfast.report.data import Arm, AuditData, Point, ReportData
-from holdfast.report.figures import DASHES, Figure, figure, label_safe, shade
+from holdfast.report.figures import DASHES, Figure, label_safe, shade
+from holdfast.report.panels import SCALES, band, panel
 from holdfast.report.section import Section
 from holdfast.wording import percent
 
@@ -205,87 +206,34 @@ def _remaining(clean: Mapping[str, Any], stages: Mapping[str, int]) -> Measureme
     return rate("clamped", hits, [str(i) for i in range(n)])
 
 
+def _figure(index: int, label: str, rows: Sequence[Alpha]) -> Figure:
+    alphas, traces = [row.alpha for row in rows], []
+    for key, name, color in LINES:
+        style = {"color": color, "dash": "solid"}
+        traces.append(band(1, alphas, [getattr(row, key) for row in rows], name, style))
+    what = f"Rates over the share of the SAE's error passed on: {label_safe(label)}"
+    y = ("share of prompts", SCALES["share"])
+    return panel(f"error-{index}", what, traces, _over(alphas), y)
+
+
 def _losses(index: int, group: Mapping[str, Any]) -> Figure:
     """How much worse other texts are predicted with each SAE in place, over α."""
-    from plotly import graph_objects as go
-
     traces = []
     for place, sweep in enumerate(group["sweeps"]):
-        found = [
-            (row.alpha, row.texts.more_loss)
-            for row in sweep["rows"]
-            if row.texts is not None and row.texts.more_loss is not None
-        ]
-        known = [(alpha, m) for alpha, m in found if m.estimate is not None]
-        share = min(sweep["explained"].values())
-        traces.append(
-            go.Scatter(
-                x=[alpha for alpha, _ in known], y=[m.estimate for _, m in known],
-                mode="lines+markers", name=f"explains {percent(share)}",
-                line={"color": shade(place, len(group["sweeps"])), "width": 2,
-                      "dash": DASHES[place % len(DASHES)]},
-                error_y={
-                    "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
-                    "array": [(m.high or m.estimate) - m.estimate for _, m in known],
-                    "arrayminus": [
-                        m.estimate - (m.estimate if m.low is None else m.low) for _, m in known
-                    ],
-                },
-                hovertemplate="%{y:.3f} nats a token at α = %{x}",
-            )
-        )  # fmt: skip
+        told = [(row.alpha, row.texts.more_loss) for row in sweep["rows"] if row.texts is not None]
+        name = f"explains {percent(min(sweep['explained'].values()))}"
+        style = {
+            "color": shade(place, len(group["sweeps"])),
+            "dash": DASHES[place % len(DASHES)],
+        }
+        traces.append(band(1, [alpha for alpha, _ in told], [m for _, m in told], name, style))
     label = f"{group['name']}, {group['constraint']}: {group['order']}"
-    return figure(
-        f"error-loss-{index}",
-        f"Loss that each SAE adds on other texts, over the error passed on: {label_safe(label)}",
-        traces,
-        {
-            "height": 300,
-            "margin": {"l": 64, "r": 16, "t": 46, "b": 46},
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-            "xaxis": {
-                "title": {"text": "α: share of the SAE's error passed on"}, "autorange": "reversed",
-                "tickmode": "array", "tickvals": list(group["alphas"]), "zeroline": False,
-            },
-            "yaxis": {"title": {"text": "nats a token more"}, "rangemode": "tozero"},
-        },
-    )  # fmt: skip
+    what = f"Loss that each SAE adds on other texts, over the error passed on: {label_safe(label)}"
+    y = ("nats a token more", {"rangemode": "tozero"})
+    return panel(f"error-loss-{index}", what, traces, _over(group["alphas"]), y)
 
 
-def _figure(index: int, label: str, rows: Sequence[Alpha]) -> Figure:
-    from plotly import graph_objects as go
-
-    traces = []
-    for key, name, color in LINES:
-        values = [getattr(row, key) for row in rows]
-        scored = [(r.alpha, v) for r, v in zip(rows, values, strict=True) if v.estimate is not None]
-        traces.append(
-            go.Scatter(
-                x=[alpha for alpha, _ in scored], y=[v.estimate for _, v in scored],
-                mode="lines+markers", name=name, line={"color": color, "width": 2},
-                error_y={
-                    "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
-                    "array": [(v.high or v.estimate) - v.estimate for _, v in scored],
-                    "arrayminus": [v.estimate - (v.low or 0.0) for _, v in scored],
-                },
-                hovertemplate="%{y:.0%} at α = %{x}",
-            )
-        )  # fmt: skip
-    return figure(
-        f"error-{index}",
-        f"Rates over the share of the SAE's error passed on: {label_safe(label)}",
-        traces,
-        {
-            "height": 360,
-            "margin": {"l": 58, "r": 16, "t": 46, "b": 46},
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-            "xaxis": {
-                "title": {"text": "α: share of the SAE's error passed on"}, "autorange": "reversed",
-                "tickmode": "array", "tickvals": [row.alpha for row in rows], "zeroline": False,
-            },
-            "yaxis": {
-                "title": {"text": "share of prompts"}, "range": [-0.03, 1.05],
-                "tickformat": ".0%", "zeroline": False,
-            },
-        },
-    )  # fmt: skip
+def _over(alphas: Sequence[float]) -> tuple[str, dict[str, Any]]:
+    """A horizontal axis from all of the error to none."""
+    marks = {"autorange": "reversed", "tickmode": "array", "tickvals": list(alphas)}
+    return "α: share of the SAE's error passed on", marks

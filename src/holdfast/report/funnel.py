@@ -1,4 +1,4 @@
-"""How many prompts reached each stage, and why the others did not."""
+"""How many prompts reached each stage, and why the others did not, for all of a trial too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ STAGES = {
 
 
 def section(data: ReportData) -> Section:
-    return Section("funnel", "From prompts to results", {"audits": [_bars(a) for a in data.audits]})
+    """How many of each audit came how far; and which trials had nothing to search, by reason."""
+    nothing: dict[str, list[str]] = {}
+    for row in data.summary["empty"]:
+        nothing.setdefault(row["sentence"], []).append(row["name"])
+    shown = {"audits": [_bars(audit) for audit in data.audits], "nothing": nothing}
+    return Section("funnel", "From prompts to results", shown)
 
 
 def _bars(audit: AuditData) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Four small panels over one horizontal axis, and lines with intervals in them."""
+"""A panel, or four small ones over one horizontal axis, and lines with intervals in them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
+from holdfast.measure import Measurement
 from holdfast.report.figures import Figure, figure
 from holdfast.statistics import Interval
 
 _COLUMNS = ((0.0, 0.46), (0.57, 1.0))
 _ROWS = ((0.56, 1.0), (0.0, 0.40))
-HEIGHT = 560
+HEIGHT, HEIGHT_OF_ONE = 560, 340
 
 SCALES: dict[str, dict[str, Any]] = {
     "share": {"range": [-0.03, 1.04], "tickformat": ".0%"},
@@ -26,10 +27,10 @@ SCALES: dict[str, dict[str, Any]] = {
 def band(
     panel: int,
     xs: Sequence[Any],
-    ys: Sequence[Interval | float | None],
+    ys: Sequence[Interval | Measurement | float | None],
     name: str,
     style: dict[str, Any],
-    legend: bool,
+    legend: bool = True,
     bars: bool = True,
     markers: bool = True,
 ) -> Any:
@@ -39,13 +40,10 @@ def band(
     """
     from plotly import graph_objects as go
 
-    middle = [y.estimate if isinstance(y, Interval) else y for y in ys]
-    up, down = [], []
-    for y in ys:
-        high, low = (y.high, y.low) if isinstance(y, Interval) else (None, None)
-        at = y.estimate if isinstance(y, Interval) else None
-        up.append(_gap(high, at))
-        down.append(_gap(at, low))
+    inside = [y if isinstance(y, Interval | Measurement) else None for y in ys]
+    middle = [y.estimate if isinstance(y, Interval | Measurement) else y for y in ys]
+    up = [0.0 if y is None else _gap(y.high, y.estimate) for y in inside]
+    down = [0.0 if y is None else _gap(y.estimate, y.low) for y in inside]
     suffix = "" if panel == 1 else str(panel)
     symbol = style.get("symbol", "circle") + ("-open" if style.get("open") else "")
     marker = {"color": style["color"], "size": 7, "symbol": symbol}
@@ -63,7 +61,7 @@ def band(
         error_y={
             "type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 3,
             "thickness": 1.3, "color": style["color"],
-            "visible": bars and any(isinstance(y, Interval) for y in ys),
+            "visible": bars and any(y is not None for y in inside),
         },
         hovertemplate=f"{name}<br>%{{x}}: %{{y:.3g}}<extra></extra>",
     )  # fmt: skip
@@ -74,6 +72,26 @@ def _gap(high: float | None, low: float | None) -> float:
     if high is None or low is None or not isfinite(high) or not isfinite(low):
         return 0.0
     return max(0.0, high - low)
+
+
+def panel(
+    id_: str,
+    what: str,
+    traces: Sequence[Any],
+    x: tuple[str, dict[str, Any]],
+    y: tuple[str, dict[str, Any]],
+) -> Figure:
+    """x, y: what an axis is called, and what else plotly is to know of it."""
+    axes = {
+        name: {"title": {"text": title}, "zeroline": False, **more}
+        for name, (title, more) in (("xaxis", x), ("yaxis", y))
+    }
+    layout = {
+        "height": HEIGHT_OF_ONE,
+        "margin": {"l": 64, "r": 16, "t": 46, "b": 48},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    }
+    return figure(id_, what, traces, layout | axes)
 
 
 def panels(

@@ -32,7 +32,7 @@ def section(data: ReportData) -> Section | None:
                     "label": ", ".join([each.row["label"], *describe(each.row["point"])]),
                     "row": each.row,
                     # All of its steps, and the iterate after the last one is looked at too.
-                    "passes": each.trial.attack.climbs[0] + 1,
+                    "passes": each.trial.attack.own_search.steps + 1,
                 }
                 for each in data.suffixes
                 if each.row["audit"] == name

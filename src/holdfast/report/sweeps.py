@@ -23,11 +23,10 @@ from holdfast.report.figures import (
     SYMBOLS,
     Figure,
     color_of,
-    figure,
     label_safe,
     shade,
 )
-from holdfast.report.panels import band, panels
+from holdfast.report.panels import SCALES, band, panel, panels
 from holdfast.report.section import Section
 from holdfast.statistics import Interval
 from holdfast.study import headline_constraint
@@ -146,7 +145,7 @@ def _traces(line: Line, style: dict[str, Any]) -> list[Any]:
     xs, name = [stop.value for stop in line.stops], label_safe(line.name)
     drifts = [None if stop.drift is None else max(stop.drift, FLOOR) for stop in line.stops]
     made = [
-        band(1, xs, [stop.rate for stop in line.stops], name, style, legend=True),
+        band(1, xs, [stop.rate for stop in line.stops], name, style),
         band(2, xs, [stop.norm for stop in line.stops], name, style, legend=False),
         band(3, xs, drifts, name, style, legend=False),
         band(4, xs, [stop.n_valid for stop in line.stops], name, style, legend=False),
@@ -175,7 +174,7 @@ def _random(line: Line) -> list[Any]:
     counts = [arm.row["n_valid"] for _, arm in there]
     return [
         band(1, [stop.value for stop, _ in searched], rates, name, style, legend=False),
-        band(4, [stop.value for stop, _ in there], counts, name, style, legend=True),
+        band(4, [stop.value for stop, _ in there], counts, name, style),
     ]
 
 
@@ -212,20 +211,13 @@ def _success(id_: str, sweep: Sweep, order: Sequence[str]) -> Figure:
                 hovertemplate="budget %{x:.3f}: goal reached on %{y:.0%}<extra></extra>",
             )
         )  # fmt: skip
-    return figure(
+    return panel(
         f"success-{id_}",
         f"Share of {sweep.audit}'s prompts whose goal is reached within a budget",
         traces,
-        {
-            "height": 320,
-            "margin": {"l": 58, "r": 16, "t": 40, "b": 46},
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-            "xaxis": {"title": {"text": "norm or budget, share of the residual's"},
-                      "zeroline": False, "rangemode": "tozero"},
-            "yaxis": {"title": {"text": "goal reached"}, "range": [-0.03, 1.04],
-                      "tickformat": ".0%", "zeroline": False},
-        },
-    )  # fmt: skip
+        ("norm or budget, share of the residual's", SCALES["norm"]),
+        ("goal reached", SCALES["share"]),
+    )
 
 
 def _spread(id_: str, sweep: Sweep) -> Figure:
@@ -247,20 +239,13 @@ def _spread(id_: str, sweep: Sweep) -> Figure:
                     hovertemplate="%{y:.0%} within %{x:.3f}",
                 )
             )  # fmt: skip
-    return figure(
+    return panel(
         f"spread-{id_}",
         f"Distribution of {sweep.audit}'s smallest norms at every point along {sweep.name}",
         traces,
-        {
-            "height": 320,
-            "margin": {"l": 58, "r": 16, "t": 40, "b": 46},
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-            "xaxis": {"title": {"text": "smallest norm, share of the residual's"},
-                      "zeroline": False, "rangemode": "tozero"},
-            "yaxis": {"title": {"text": f"goal reached under {own}"}, "range": [-0.03, 1.04],
-                      "tickformat": ".0%", "zeroline": False},
-        },
-    )  # fmt: skip
+        ("smallest norm, share of the residual's", SCALES["norm"]),
+        (f"goal reached under {own}", SCALES["share"]),
+    )
 
 
 def _budget(stop: Stop) -> float:
@@ -303,18 +288,10 @@ def _pareto(index: int, audit: AuditData, order: Sequence[str]) -> Figure | None
                 hovertemplate="%{text}: %{y:.0%} at drift %{x:.1e}<extra></extra>",
             )
         )  # fmt: skip
-    return figure(
+    return panel(
         f"pareto-{index}",
         f"Recovery against drift of {audit.name}, a dot a point of the grid",
         traces,
-        {
-            "height": 340,
-            "margin": {"l": 58, "r": 16, "t": 40, "b": 48},
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-            "xaxis": {"type": "log", "exponentformat": "power", "zeroline": False, "dtick": 1,
-                      "range": [-10.2, 0.4],
-                      "title": {"text": "median drift of a held pre-activation (log scale)"}},
-            "yaxis": {"title": {"text": "recovered"}, "range": [-0.04, 1.05],
-                      "tickformat": ".0%", "zeroline": False},
-        },
-    )  # fmt: skip
+        ("median drift of a held pre-activation (log scale)", SCALES["drift"] | {"dtick": 1}),
+        ("recovered", SCALES["share"]),
+    )

@@ -20,7 +20,7 @@ from holdfast.saes.rivals import Rivals
 from holdfast.saes.sae import SAE, Guarantee, activate, guarantee_of
 from holdfast.saes.stored import StoredSAE
 from holdfast.sites import Site
-from holdfast.subspace import NullSpace
+from holdfast.spans import Spans
 from holdfast.waiting import sent
 
 
@@ -113,26 +113,16 @@ class FeatureBank:
         slices = self.slices(frame)
         return values[:, None] if len(self.index) == 1 else values[slices][:, None]
 
-    def encoder_null(self, frame: Frame) -> NullSpace:
-        """What moves none of the features: the orthogonal complement of their encoder columns, row
-        by row. Factored once, whichever constraints and measurements ask."""
-        return replace(self._encoder_null, slice_of=self.slices(frame))
-
-    def decoder_null(self, frame: Frame) -> NullSpace:
-        """What is orthogonal to everything that the features write, row by row; factored once."""
-        return replace(self._decoder_null, slice_of=self.slices(frame))
+    @cached_property
+    def encoder_spans(self) -> Spans:
+        """What the encoder columns of each group span: factored once, whichever constraints and
+        measurements ask."""
+        return Spans.among(self.W_enc, self.valid)
 
     @cached_property
-    def _encoder_null(self) -> NullSpace:
-        return NullSpace.of(self.W_enc, self.valid, self._every)
-
-    @cached_property
-    def _decoder_null(self) -> NullSpace:
-        return NullSpace.of(self.W_dec.mT, self.valid, self._every)
-
-    @property
-    def _every(self) -> Tensor:
-        return torch.arange(len(self.ids), device=self.W_enc.device)
+    def decoder_spans(self) -> Spans:
+        """What the features of each group write; factored once."""
+        return Spans.among(self.W_dec.mT, self.valid)
 
     def preactivations(self, x: Tensor, frame: Frame) -> Tensor:
         """p [b s k] of x [b s d], in the dtype of x but at least float32; 0 for padding."""

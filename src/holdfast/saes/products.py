@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ENTRIES = 2**24
-"""Numbers of a matrix that are cast at a time: 64 MB in float32."""
+from holdfast.chunks import per_chunk
 
 CACHED = 2**20
-"""The same on a processor: 4 MB in float32, which are in its caches still when they are multiplied.
-Fetched again from memory they take longer than the product with a few tokens."""
+"""Numbers of a matrix that are cast at a time on a processor, in place of a chunk: 4 MB in float32,
+which are in its caches still when they are multiplied. Fetched again from memory they take longer
+than the product with a few tokens."""
 
 
 def product(x: Tensor, W: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class _Cast(torch.autograd.Function):
 
 def _size(W: Tensor, axis: int) -> int:
     """How many of a matrix's columns (axis 1) or rows (axis 0) are cast at a time."""
-    entries = CACHED if W.device.type == "cpu" else ENTRIES
-    return max(1, entries // max(1, W.shape[1 - axis]))
+    numbers = W.shape[1 - axis]
+    return max(1, CACHED // max(1, numbers)) if W.device.type == "cpu" else per_chunk(numbers)
 
 
 def _blocks(W: Tensor, axis: int, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -21,13 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from holdfast.chunks import per_chunk
 from holdfast.errors import FeatureError, SAEError
 from holdfast.saes.inputs import Inputs
 from holdfast.saes.products import product
 from holdfast.sites import Site
-
-ENTRIES = 2**24
-"""Codes held at a time: 64 MB in float32."""
 
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 """What matrices may be kept in: float32, or the half precision of their file, which it holds."""
@@ -317,14 +315,14 @@ def kth_limit(p: Tensor, k: int) -> Tensor:
 
 
 def blocks_of(n_features: int, n_tokens: int) -> Iterator[slice]:
-    """Slices of features such that n_tokens times as many numbers are at most `ENTRIES`."""
-    size = max(1, ENTRIES // max(1, n_tokens))
+    """Slices of features such that n_tokens times as many numbers are at most a chunk."""
+    size = per_chunk(n_tokens)
     return (slice(first, min(first + size, n_features)) for first in range(0, n_features, size))
 
 
 def pieces_of(d_model: int, n_features: int, n_tokens: int) -> Iterator[range]:
     """Ranges of features of which neither the codes of n_tokens nor the encoder columns are more
-    than `ENTRIES` numbers."""
+    than a chunk."""
     for own in blocks_of(n_features, max(n_tokens, d_model)):
         yield range(own.start, own.stop)
 
