@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from holdfast.chunks import per_chunk
 from holdfast.jacobian.entries import Entries
 from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.jacobian.linearized import Linearized
@@ -17,9 +18,6 @@ from holdfast.waiting import sent
 RIDGE = 1e-9
 """Added to the diagonal of the Gram matrix of J's unit rows: where features depend on each
 other, what rounding leaves between them is not corrected for."""
-
-LARGEST = 2**24
-"""Most numbers of J that are made at once."""
 
 FEW = 1024
 """Most constraints of a row for which J is kept."""
@@ -53,7 +51,7 @@ class Frame:
     @classmethod
     def at(cls, features: FeatureMap, delta: Tensor, entries: Entries) -> Frame:
         n, q, d = delta.shape
-        together = max(1, LARGEST // max(1, len(entries) * q * d))
+        together = per_chunk(len(entries) * q * d)
         if n <= together:
             return cls(delta.clone(), *_factored(features, delta, entries), entries)
         pieces = [
