@@ -216,10 +216,15 @@ def _ascend(
         along = sets.tangent(gradient, here)
         here = replace(here, along=along)
         move, state = stepper.move(state, along)
-        rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps) * SHORTER**still
+        rate = (climb.lr * climb.radius)[live] * (1 - (1 - decay) * step / steps) * pace(still)
         delta = sets.inside(delta + rate[:, None, None] * move, climb.radius[live], here)
         still = torch.where((delta == here.delta).flatten(1).all(1), still + 1, 0)
     return Ascent(best, best_margin, reached_at, diverged, passes)
+
+
+def pace(still: Tensor) -> Tensor:
+    """[n] the share of its step that a lane takes which so many steps in a row have left alone."""
+    return SHORTER ** still.clamp_max(STILL - 1)
 
 
 def _margin_and_gradient(lanes: Lanes, delta: Tensor, last: bool) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from holdfast.linalg import cholesky_solved
 from holdfast.subspace import Iterate, into_ball
 from holdfast.waiting import perhaps, waits
 
@@ -109,5 +110,6 @@ def _solve(G: Tensor, want: Tensor, binding: Tensor) -> Tensor:
     """λ [n p k] with (Gλ)_i = want_i for binding i and λ_i = 0 for the others."""
     on = binding.to(G.dtype)
     masked = G * on[..., None] * on[..., None, :] + torch.diag_embed(1 - on)
-    # Whether a matrix is singular is a question too. Unasked, what comes of one is not finite.
-    return torch.linalg.solve_ex(masked, want * on, check_errors=not waits(G.device))[0]
+    # Whether there is a factor is a question too. With the ridge there is, where G is finite.
+    factor = torch.linalg.cholesky_ex(masked, check_errors=not waits(G.device)).L
+    return cholesky_solved((want * on)[..., None], factor)[..., 0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from holdfast.ascent import SHORTER, Noted, Trace
+from holdfast.ascent import Noted, Trace, pace
 from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.outcome import Best
 from holdfast.problem import Lanes, Problem, violation_of
@@ -194,9 +194,9 @@ def _stage(
             sets = sets.around(here)
         along = torch.where(own, sets.tangent(gradient, here), 0.0)
         move, state = stepper.move(state, along)
-        pace = rate * SHORTER ** still[:, None, None]
+        length = rate * pace(still)[:, None, None]
         moved = sets.inside(
-            delta + pace * torch.where(own, move, 0.0), whole, replace(here, along=along)
+            delta + length * torch.where(own, move, 0.0), whole, replace(here, along=along)
         )
         moved = fixed + into_ball(torch.where(own, moved, 0.0), radius)
         delta = torch.where(diverged[:, None, None], delta, moved)

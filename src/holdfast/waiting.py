@@ -95,11 +95,14 @@ class Question:
         return values if self.picked is None else values[list(self.picked)]
 
 
+def carried(values: Tensor, device: torch.device) -> Tensor:
+    """Values [...] that the host has, on a device that is not waited for."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
 def sent(rows: Sequence[int] | NDArray[Any], device: torch.device) -> Tensor:
     """Numbers [n] of rows that the host knows, on a device that is not waited for."""
-    own = torch.from_numpy(np.array(rows, dtype=np.int64))
-    if device.type != "cpu":
-        own = own.pin_memory().to(device, non_blocking=True)
+    own = carried(torch.from_numpy(np.array(rows, dtype=np.int64)), device)
     own.known = tuple(rows)  # type: ignore[attr-defined]
     return own
 

@@ -392,6 +392,31 @@ def test_what_cannot_be_put_into_its_ball_in_place_stays(
     assert torch.equal(point, last) and point.any()
 
 
+def test_what_is_put_into_the_set_goes_as_far_as_there_is_a_way_back(
+    deep: Subject, prompts: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once where no step of a climb follows; in a climb the next step is shorter."""
+    problem = posed(deep, prompts, clamps_of(banks_of(deep)), back=3, width=3)
+    level, delta = JacobianNull().feasible(problem), somewhere(problem, 0.3)
+    assert isinstance(level, Level)
+    most = torch.tensor([1.0, 0.3, 0.1, 0.01]) * delta.norm(dim=(1, 2))
+
+    def restored(
+        self: Level, trial: Tensor, radius: Tensor, last: Iterate
+    ) -> tuple[Tensor, Tensor]:
+        rows = [(delta / delta.norm(dim=(1, 2), keepdim=True) * t).sum((1, 2)) for t in trial]
+        own = torch.stack(rows).argmax(1)
+        return trial, trial.norm(dim=(1, 2)) <= most[own] * 1.001
+
+    monkeypatch.setattr(Level, "_restored", restored)
+    zero = Iterate.zero(delta)
+    shares = level.inside(delta, problem.radius, zero).norm(dim=(1, 2)) / delta.norm(dim=(1, 2))
+    torch.testing.assert_close(shares, torch.tensor([1.0, 0.25, 0.0625, 0.0]))
+    climbing = replace(zero, gradient=delta)
+    shares = level.inside(delta, problem.radius, climbing).norm(dim=(1, 2)) / delta.norm(dim=(1, 2))
+    torch.testing.assert_close(shares, torch.tensor([1.0, 0.0, 0.0, 0.0]))
+
+
 BETWEEN = 4000
 """Numbers of a kept J, between those for later tokens and all of them in the next problem."""
 

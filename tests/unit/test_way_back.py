@@ -15,17 +15,19 @@ from holdfast.constraints.jacobian_null import JacobianNull
 from holdfast.edits import FeatureEdit
 from holdfast.features import FeatureSet, SiteFeatures
 from holdfast.jacobian import frame as frames
+from holdfast.jacobian.chords import Chords
 from holdfast.jacobian.framed import Framed
-from holdfast.jacobian.offsets import Plain
-from holdfast.jacobian.way_back import ENDED, LONG, LOST, SLOW, Place
-from holdfast.problem import Problem
+from holdfast.jacobian.offsets import Offsets, Plain
+from holdfast.jacobian.settled import Settled
+from holdfast.jacobian.way_back import Place, Stage, Steps, Walk
+from holdfast.problem import Lanes, Problem
 from holdfast.replay import Replay
 from holdfast.saes.bank import FeatureBank
 from holdfast.sites import Site
 from holdfast.subject import Subject
 from holdfast.subspace import Iterate
 from holdfast.testing import tiny_batch, tiny_subject
-from tests.waits import counted, pretend
+from tests.waits import counted, idle, pretend
 
 SITES = (Site(1), Site(2), Site(3))
 IDS = {Site(1): (3, 7, 20), Site(2): (1, 5, 9, 30), Site(3): (2, 11)}
@@ -100,11 +102,11 @@ def apart(one: Tensor, other: Tensor) -> Tensor:
 
 def step_of(problem: Problem, level: Framed) -> tuple[Tensor, Tensor, Iterate]:
     """A step of every lane, of other lengths and into balls that some of them have reached."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(12)
     noise = torch.randn(2, *problem.shape, generator=draw)
     unit = noise / noise.norm(dim=(2, 3), keepdim=True) * problem.reference_norm[:, None, None]
     last = level.retract(0.05 * unit[0])
-    lengths = torch.tensor([0.0, 0.01, 0.05, 0.2, 0.5, 1.0, 3.0, 20.0])
+    lengths = torch.tensor([0.0, 0.01, 0.05, 0.2, 0.5, 1.0, 3.0, 10.0])
     far = last + lengths[:, None, None] * unit[1]
     radius = problem.radius * torch.tensor([1.0, 0.04, 0.06, 0.08, 2.0, 0.3, 4.0, 30.0])
     return far, torch.maximum(radius, last.norm(dim=(1, 2))), Iterate(last)
@@ -121,12 +123,15 @@ def test_lanes_that_wait_for_answers_find_what_they_find(
         pretend(monkeypatch, late)
         with counted() as places:
             found.append(level.inside(far, radius, last))
-    assert [place for place in places if "waiting.py" not in place] == []
+    assert idle(places) == []
     # J is made for other lanes together, which rounds otherwise.
-    assert apart(*found).max() < 1e-3
+    assert apart(*found).max() < 5e-3
     seen = set(torch.cat(stages).tolist())
-    waiting = {SLOW} if isinstance(level.coordinates, Plain) else {SLOW, LONG, LOST}
-    assert seen >= {ENDED, *waiting}, "the fixture: lanes wait for everything there is"
+    waiting = {
+        Plain: {Stage.SLOW}, Offsets: {Stage.SLOW, Stage.LONG, Stage.LOST},
+        Settled: {Stage.SLOW, Stage.LONG},
+    }[type(level.coordinates)]  # fmt: skip
+    assert seen >= {Stage.ENDED, *waiting}, "the fixture: lanes wait for everything there is"
     held = level.features(found[0])[1].abs().amax((1, 2))
     assert held.max() <= 2 * level.tolerance
     assert (found[0].norm(dim=(1, 2)) <= radius * (1 + 1e-4)).all()
@@ -140,7 +145,7 @@ def test_a_lane_alone_goes_the_way_it_goes_beside_others(framed: tuple[Problem, 
         own = torch.tensor([row])
         alone = level.rows(own).inside(far[own], radius[own], last.rows(own))
         # Corrections stop within the tolerance: rounding may end them a round earlier.
-        assert apart(alone, found[own]) < 0.02
+        assert apart(alone, found[own]) < 5e-3
 
 
 def test_a_search_waits_for_nothing_but_what_it_asked_before(
@@ -165,7 +170,49 @@ def test_a_search_waits_for_nothing_but_what_it_asked_before(
     for steps in (1, 3):
         with counted() as places:
             late = ascend(problem, level, climb, steps, stepper)
-        waits.append(Counter(place for place in places if "waiting.py" not in place))
+        waits.append(Counter(idle(places)))
     assert sum(made) > 0, "J was made anew on the way"
     assert waits[1] == waits[0], "the steps that are more"
     torch.testing.assert_close(late.margin, at_once.margin, rtol=1e-3, atol=1e-3)
+
+
+def test_lanes_that_leave_take_along_what_was_asked_of_them(
+    framed: tuple[Problem, Framed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, level = framed
+    with torch.no_grad():
+        margin = Lanes.of(problem, torch.arange(N)).margin(torch.zeros(problem.shape))
+    # The first ones at once; of those that stay only some go far.
+    rising = torch.tensor([-1.0, -1.0, 0.01, *[torch.inf] * 5])
+    rate = torch.tensor([0.1, 0.1, 0.1, 0.01, 0.15, 0.01, 0.15, 0.15])
+    climb = Climb(
+        torch.arange(N), torch.zeros(problem.shape), margin + rising, problem.radius, rate
+    )
+    found = []
+    for late in (False, True):
+        pretend(monkeypatch, late)
+        found.append(ascend(problem, level, climb, 4, JacobianNull().stepper))
+    at_once, late_ = found
+    assert torch.equal(at_once.reached_at, late_.reached_at)
+    assert len(set(at_once.reached_at.tolist())) > 1, "the fixture: some leave"
+    torch.testing.assert_close(late_.margin, at_once.margin, rtol=1e-3, atol=1e-3)
+
+
+def test_where_a_try_begins_far_from_j_it_is_made_there_first(
+    framed: tuple[Problem, Framed],
+) -> None:
+    problem, level = framed
+    far, radius, last = step_of(problem, level)
+    chords = Chords.of(level.coordinates, level.frame, level.tolerance)
+    shares = torch.tensor([[1.0, 0.01]]).expand(N, -1)
+    anywhere = torch.full_like(radius, torch.inf)
+    steps = Steps(last.delta, far - last.delta, shares, anywhere, 0.2 * level.size)
+    walk = Walk.of(chords, steps)
+    begun = (far - level.frame.center).norm(dim=(1, 2)) > 0.2 * level.size
+    assert begun.any() and not begun.all()
+    assert torch.equal(walk.place.stage == Stage.SLOW, begun)
+    own = begun.nonzero().flatten()
+    there = walk.renewed(own, far)
+    assert (there.place.stage == Stage.GOING).all()
+    torch.testing.assert_close(there.chords.frame.center[own], far[own])
+    assert torch.equal(there.chords.frame.J[~begun], chords.frame.J[~begun])

@@ -18,6 +18,7 @@ from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.problem import Problem
 from holdfast.steppers import Adam
 from holdfast.subspace import Iterate, into_ball
+from holdfast.waiting import carried
 
 SMALLEST_DRIFT = 1e-8
 """Norm of the drift below which it is no probe, as published."""
@@ -124,7 +125,7 @@ class Probed:
             generator = torch.Generator().manual_seed(int(digest(key)[:15], 16))
             drawn = torch.randn(self.spec.n_probes, len(own), generator=generator)
             noise[:, lane, own] = drawn
-        noise = noise.to(moved.device, non_blocking=True)
+        noise = carried(noise, moved.device)
         return [*probes, *(noise / noise.norm(dim=2, keepdim=True).clamp_min(1e-30))]
 
 

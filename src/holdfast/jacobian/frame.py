@@ -11,6 +11,7 @@ from holdfast.chunks import per_chunk
 from holdfast.jacobian.entries import Entries
 from holdfast.jacobian.feature_map import FeatureMap
 from holdfast.jacobian.linearized import Linearized
+from holdfast.linalg import cholesky_solved
 from holdfast.problem import TINY
 from holdfast.subspace import norms
 from holdfast.waiting import sent
@@ -110,12 +111,12 @@ class Frame:
         """What of a direction [n q d_model] moves no feature at the center: `(I − Jᵀ(JJᵀ)⁻¹J)u`."""
         # A vector times a matrix: the other way round is several times slower on a CPU.
         moved = torch.bmm(u.flatten(1)[:, None], self.J.mT).mT.double()
-        y = torch.cholesky_solve(moved, self.factor).to(self.J.dtype)
+        y = cholesky_solved(moved, self.factor).to(self.J.dtype)
         return u - torch.bmm(y.mT, self.J).view_as(u)
 
     def _solved(self, r: Tensor) -> Tensor:
         own = (self.entries.take(r) * self.scale).double()
-        return torch.cholesky_solve(own[..., None], self.factor)[..., 0]
+        return cholesky_solved(own[..., None], self.factor)[..., 0]
 
 
 def _factored(

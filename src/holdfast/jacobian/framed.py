@@ -79,7 +79,7 @@ class Framed:
         return self.inside(delta, anywhere, Iterate.zero(delta))
 
     def inside(self, delta: Tensor, radius: Tensor, last: Iterate) -> Tensor:
-        """Restore inside the ball, after as much of the step as is worth it; at last after none."""
+        """Restore inside the ball, after as much of the step as is worth it and leads back."""
         inward = self._inward(delta, radius, last)
         chords = Chords.of(self.coordinates, self.frame, self.tolerance, inward)
         bend, share = chords.reach(delta, radius, last)

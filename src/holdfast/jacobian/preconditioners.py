@@ -11,6 +11,7 @@ from torch import Tensor
 from holdfast.jacobian.entries import Entries
 from holdfast.jacobian.feature_map import FeatureMap, perturbed_columns
 from holdfast.jacobian.linearized import Linearized
+from holdfast.linalg import cholesky_solved
 
 FEW = 512
 """Most constraints of a row for which J itself is computed, once."""
@@ -58,7 +59,7 @@ class Factored:
 
     def solve(self, r: Tensor) -> Tensor:
         own = self.entries.take(r)[..., None]
-        return self.entries.put(torch.cholesky_solve(own, self.factor)[..., 0], r)
+        return self.entries.put(cholesky_solved(own, self.factor)[..., 0], r)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Positions:
         return replace(self, factor=self.factor[rows])
 
     def solve(self, r: Tensor) -> Tensor:
-        return torch.cholesky_solve(r[..., None], self.factor).squeeze(-1)
+        return cholesky_solved(r[..., None], self.factor).squeeze(-1)
 
 
 def _own(features: FeatureMap) -> Tensor:

@@ -1,20 +1,20 @@
 """The way back into Φ = 0, of many lanes at once that each are at a place of their own on it.
 
 A trial is corrected until no feature moves. Then it may be too long, and is scaled into its ball
-and corrected again. Where corrections do not end, the lane begins anew with a shorter step, at last
-with none; where they go slowly, or J was made too far away, J is made there first. All but the
-corrections is seldom and dear, so the host has to know whose turn it is. A lane stays where it is
-until the host does, which is a round later where it would have to wait (`waiting.py`), and finds
-what it would have found.
+and corrected again. Where corrections do not end, the lane begins anew with a shorter step, until
+there is none left to try; where they go slowly, or J was made too far away, J is made there first.
+All but the corrections is seldom and dear, so the host has to know whose turn it is. A lane stays
+where it is until the host does, which is a round later where it would have to wait (`waiting.py`),
+and finds what it would have found.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from enum import IntEnum
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.jacobian.chords import Chords, within
@@ -39,8 +39,20 @@ RENEW = 2
 RETURNS = 4
 """How often an iterate is scaled into its ball and corrected again."""
 
-ENDED, GOING, SLOW, LONG, LOST = range(5)
-"""Where a lane is: at the end; being corrected; waiting for J; to be scaled; for a shorter step."""
+LATE = 8
+"""Rounds that a scaling may take beside its corrections: what a lane waits for, at most twice, is
+known and done two rounds later while others have theirs done."""
+
+
+class Stage(IntEnum):
+    """Where a lane is: at the end; being corrected; waiting for J to be made where it is, for being
+    scaled, or for a shorter step."""
+
+    ENDED = 0
+    GOING = 1
+    SLOW = 2
+    LONG = 3
+    LOST = 4
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Steps:
 
     def trial(self, number: Tensor) -> Tensor:
         """[n q d_model] of the try of that number [n]."""
-        share = self.shares.gather(1, number.clamp_max(self.tries - 1)[:, None])
+        share = self.shares.gather(1, number[:, None])
         return self.last + share[..., None] * self.step
 
 
@@ -90,64 +102,38 @@ class Place:
     smallest: Tensor
 
     @classmethod
-    def before(cls, steps: Steps) -> Place:
-        """Before the first try."""
-        none = torch.zeros(len(steps.last), dtype=torch.long, device=steps.last.device)
-        return cls(
-            steps.last, none + LOST, none - 1, none, none, none, none > 0,
-            torch.full_like(steps.radius, torch.inf),
-        )  # fmt: skip
-
-    def begun(self, chords: Chords, steps: Steps, delta: Tensor) -> Place:
-        """Lanes that are to be scaled or to go less far, at vectors `delta`, where they begin."""
-        lost = self.stage == LOST
-        number = torch.where(lost, self.number + 1, self.number)
-        scaled = torch.where(lost, 0, self.scaled + 1)
-        # Scaling moves features again: each time a little more room is made for the correction.
-        room = steps.radius * (1 - SHRINK * scaled)
-        trial = torch.where(lost[:, None, None], steps.trial(number), delta)
-        trial = within(trial, room, chords.inward)
-        far = lost & (chords.frame.distance(trial) > steps.reach)
+    def at(cls, x: Tensor, stage: Tensor, number: Tensor, scaled: Tensor) -> Place:
+        """Before the first correction of a try, or after it was scaled."""
         none = torch.zeros_like(number)
-        return Place(
-            chords.coordinates.written(trial), torch.where(far, SLOW, GOING), number, scaled,
-            none, none, none > 0, torch.full_like(self.smallest, torch.inf),
-        )  # fmt: skip
+        smallest = torch.full_like(x[:, 0, 0], torch.inf)
+        return cls(x, stage, number, scaled, none, none, none > 0, smallest)
 
     def measured(self, held: Tensor, good: Tensor, fits: Tensor, tries: int) -> Place:
         """After a pass that found the largest entry `held` [n] of Φ, whether it counts as none, and
-        whether the vectors fit into their balls. Only lanes that are being corrected change."""
+        whether the vectors fit into their balls. Lanes that wait for something are where they were.
+        """
         stalls = self.stalls + ~(held <= FALLS * self.smallest)
+        bad = ~torch.isfinite(held) | (stalls > STALLS) | (self.rounds == CHORDS)
         slow = (stalls == RENEW) & ~self.renewed
-        lost = ~torch.isfinite(held) | (stalls > STALLS) | (self.rounds == CHORDS)
-        lost = torch.where(good, ~fits & (self.scaled == RETURNS - 1), lost)
-        stage = torch.where(slow, SLOW, GOING)
-        stage = torch.where(good, torch.where(fits, ENDED, LONG), stage)
-        stage = torch.where(lost, torch.where(self.number == tries - 1, ENDED, LOST), stage)
-        going = self.stage == GOING
+        full = self.scaled == RETURNS - 1
+        there = torch.where(fits, Stage.ENDED, torch.where(full, Stage.LOST, Stage.LONG))
+        on = torch.where(bad, Stage.LOST, torch.where(slow, Stage.SLOW, Stage.GOING))
+        stage = torch.where(good, there, on)
+        stage = torch.where((stage == Stage.LOST) & (self.number == tries - 1), Stage.ENDED, stage)
+        going = self.stage == Stage.GOING
         return replace(
             self,
             stage=torch.where(going, stage, self.stage),
             rounds=self.rounds + going,
             stalls=torch.where(going, stalls, self.stalls),
-            renewed=self.renewed | (going & (stage == SLOW)),
+            renewed=self.renewed | (going & (stage == Stage.SLOW)),
             smallest=torch.minimum(self.smallest, held),
         )
 
-    def corrected(self, step: Tensor) -> Place:
-        going = (self.stage == GOING)[:, None, None]
-        return replace(self, x=torch.where(going, self.x + step, self.x))
-
-    def resumed(self, rows: Tensor) -> Place:
-        """Some lanes have got what they waited for where they are."""
-        return replace(self, stage=self.stage.index_fill(0, rows, GOING))
-
     def put(self, rows: Tensor, other: Place) -> Place:
         """With some lanes at other places."""
-        return Place(*(
-            mine.index_copy(0, rows, new)
-            for mine, new in zip(self._values(), other._values(), strict=True)
-        ))  # fmt: skip
+        pairs = zip(self._values(), other._values(), strict=True)
+        return Place(*(mine.index_copy(0, rows, new) for mine, new in pairs))
 
     def rows(self, rows: Tensor) -> Place:
         return Place(*(value[rows] for value in self._values()))
@@ -156,44 +142,109 @@ class Place:
         return [getattr(self, f.name) for f in fields(self)]
 
 
+@dataclass(frozen=True)
+class Walk:
+    """Lanes [n] on their way: with which corrections, trying what, where, and what they learned."""
+
+    lane: Tensor
+    chords: Chords
+    steps: Steps
+    place: Place
+    learned: Learned
+
+    @classmethod
+    def of(cls, chords: Chords, steps: Steps) -> Walk:
+        """Before the first correction of the first try."""
+        lane = torch.arange(len(steps.last), device=steps.last.device)
+        first = torch.zeros_like(lane)
+        return cls(lane, chords, steps, _begun(chords, steps, first), Learned())
+
+    def rows(self, rows: Tensor) -> Walk:
+        return Walk(
+            self.lane[rows], self.chords.rows(rows), self.steps.rows(rows), self.place.rows(rows),
+            self.learned.rows(rows),
+        )  # fmt: skip
+
+    def measured(self, held: Tensor, delta: Tensor) -> tuple[Walk, Tensor]:
+        """After a pass that found Φ `held` [n s K] at vectors `delta`; and which lanes [n] that
+        were being corrected are in the set and in their balls."""
+        largest = held.abs().amax((1, 2))
+        good = largest <= self.chords.tolerance
+        fits = norms(delta).flatten() <= self.steps.radius * (1 + SLACK)
+        place = self.place.measured(largest, good, fits, self.steps.tries)
+        return replace(self, place=place), good & fits & (self.place.stage == Stage.GOING)
+
+    def corrected(self, value: Tensor) -> Walk:
+        """A correction further, after Φ had `value` [n s K]; lanes that do not go stay."""
+        step, learned = self.learned.step(self.chords.step(value))
+        going = (self.place.stage == Stage.GOING)[:, None, None]
+        x = torch.where(going, self.place.x + step, self.place.x)
+        return replace(self, place=replace(self.place, x=x), learned=learned)
+
+    def renewed(self, slow: Tensor, delta: Tensor) -> Walk:
+        """With J made anew for some lanes, at their vectors."""
+        if not len(slow):
+            return self
+        stage = self.place.stage.index_fill(0, slow, Stage.GOING)
+        return replace(
+            self, chords=self.chords.anew(delta, slow), place=replace(self.place, stage=stage),
+            learned=self.learned.without(slow),
+        )  # fmt: skip
+
+    def anew(self, lost: Tensor, long: Tensor, delta: Tensor) -> Walk:
+        """With some lanes at the beginning of their next try, and some scaled."""
+        place, learned = self.place, self.learned
+        if len(lost):
+            chords, steps = self.chords.rows(lost), self.steps.rows(lost)
+            place = place.put(lost, _begun(chords, steps, place.number[lost] + 1))
+            learned = learned.without(lost)
+        if len(long):
+            chords, steps = self.chords.rows(long), self.steps.rows(long)
+            place = place.put(long, _scaled(chords, steps, place.rows(long), delta[long]))
+            learned = learned.without(long)
+        return replace(self, place=place, learned=learned)
+
+
+def _begun(chords: Chords, steps: Steps, number: Tensor) -> Place:
+    """At the beginning of the try of that number [n]."""
+    trial = within(steps.trial(number), steps.radius, chords.inward)
+    far = chords.frame.distance(trial) > steps.reach
+    stage = torch.where(far, Stage.SLOW, Stage.GOING)
+    return Place.at(chords.coordinates.written(trial), stage, number, torch.zeros_like(number))
+
+
+def _scaled(chords: Chords, steps: Steps, place: Place, delta: Tensor) -> Place:
+    """Brought from vectors `delta` into their balls."""
+    scaled = place.scaled + 1
+    # It moves features again: each time a little more room is made for the corrections.
+    trial = within(delta, steps.radius * (1 - SHRINK * scaled), chords.inward)
+    stage = torch.full_like(place.stage, Stage.GOING)
+    return Place.at(chords.coordinates.written(trial), stage, place.number, scaled)
+
+
 def back(chords: Chords, steps: Steps) -> Tensor:
     """Iterates [n q d_model] in the set and in their balls; `last` where no try ends there."""
-    out, lanes = steps.last.clone(), torch.arange(len(steps.last), device=steps.last.device)
-    at = Place.before(steps).begun(chords, steps, steps.last)
-    learned, behind = Learned(), Behind()
-    behind.read(at.stage)
-    for _ in range(steps.tries * RETURNS * (CHORDS + 4)):
-        value, held, delta = chords.coordinates.moved(at.x)
-        largest = held.abs().amax((1, 2))
-        good = largest <= chords.tolerance
-        fits = norms(delta).flatten() <= steps.radius * (1 + SLACK)
-        fine = (at.stage == GOING) & good & fits
-        out[lanes] = torch.where(fine[:, None, None], delta, out[lanes])
-        at = at.measured(largest, good, fits, steps.tries)
+    walk, behind, out = Walk.of(chords, steps), Behind(), steps.last.clone()
+    behind.read(walk.place.stage)  # who begins too far from J: read behind the first pass
+    for _ in range(steps.tries * RETURNS * (CHORDS + LATE)):
+        value, held, delta = walk.chords.coordinates.moved(walk.place.x)
+        walk, there = walk.measured(held, delta)
+        out[walk.lane] = torch.where(there[:, None, None], delta, out[walk.lane])
 
-        known = behind.read(at.stage)
+        known = behind.read(walk.place.stage)
         if known is None:
-            known = np.full(len(lanes), GOING)
-        if not known.any():
+            walk = walk.corrected(value)
+            continue
+        slow, long, lost, ended = (
+            sent(np.flatnonzero(known == stage), out.device)
+            for stage in (Stage.SLOW, Stage.LONG, Stage.LOST, Stage.ENDED)
+        )
+        if len(ended) == len(known):
             break
-        slow, ready = _rows(known == SLOW, out), _rows((known == LONG) | (known == LOST), out)
-        if len(slow):
-            chords, at = chords.anew(delta, slow), at.resumed(slow)
-            learned = learned.without(slow)
-        step, learned = learned.step(chords.step(value))
-        at = at.corrected(step)
-        if len(ready):
-            begun = at.rows(ready).begun(chords.rows(ready), steps.rows(ready), delta[ready])
-            at, learned = at.put(ready, begun), learned.without(ready)
-        if len(slow) or len(ready):
+        walk = walk.renewed(slow, delta).corrected(value).anew(lost, long, delta)
+        if len(slow) or len(long) or len(lost):
             behind.forget()  # what was asked last is not so any more
-        elif 2 * np.count_nonzero(known) <= len(known):
-            own = _rows(known != ENDED, out)
-            chords, steps, at = chords.rows(own), steps.rows(own), at.rows(own)
-            learned, lanes = learned.rows(own), lanes[own]
+        elif 2 * len(ended) >= len(known):
+            walk = walk.rows(sent(np.flatnonzero(known != Stage.ENDED), out.device))
             behind.forget()
     return out
-
-
-def _rows(which: NDArray[np.bool_], like: Tensor) -> Tensor:
-    return sent(np.flatnonzero(which), like.device)

@@ -72,6 +72,9 @@ class Probes:
     bias: Tensor
     penalty: tuple[float, ...] = ()
     validation: tuple[float, ...] = ()
+    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     exclusive = False
     unembeds = False
@@ -108,9 +111,16 @@ class Probes:
 
     def scores(self, pooled: Tensor) -> Tensor:
         """[n c+1] logits of every class, and the 0 of none, from pooled residuals [n d_model]."""
-        weight, bias = (t.to(pooled.device, torch.float64) for t in (self.weight, self.bias))
+        weight, bias = self._on(pooled.device)
         own = (pooled.double() @ weight.T + bias).float()
         return torch.cat([own, torch.zeros_like(own[:, :1])], 1)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Weight and bias in float64, copied to a device once: the steps of a search ask."""
+        if device not in self._copies:
+            weight, bias = (t.to(device, torch.float64) for t in (self.weight, self.bias))
+            self._copies[device] = weight, bias
+        return self._copies[device]
 
     def pooled(self, run: Run, batch: Batch, edits: Sequence[Edit] = ()) -> Tensor:
         """[b d_model] float32, with the gradients that `run` keeps."""

@@ -13,6 +13,7 @@ from holdfast.capacity import total_bytes
 from holdfast.errors import SAEError
 from holdfast.saes.sae import STORED, blocks_of, is_finite
 from holdfast.saes.tensors import Stored, whole
+from holdfast.waiting import carried
 
 SHARE = 0.25
 """Of a device's memory: what an encoder may take of it for as long as it is used."""
@@ -80,7 +81,7 @@ class Streamed:
 
     def columns(self, own: slice, device: torch.device) -> Tensor:
         read = self.stored.between(own, self.axis)
-        return (read if self.axis == 1 else read.T).to(device)
+        return carried(read if self.axis == 1 else read.T, device)
 
     def to(self, device: torch.device | str) -> Streamed:
         return self  # blocks go where the residuals are
