@@ -62,9 +62,13 @@ class IoiPrompt:
     order: str  # "ABBA": the indirect object is named first, "BABA": second
 
 
+def _ioi_id(io: str, s: str, template: int, order: str) -> str:
+    return f"ioi:{template}:{order}:{io}:{s}"
+
+
 def ioi_prompt(io: str, s: str, template: int, order: str) -> IoiPrompt:
     """The one prompt with these two names, template and order."""
-    prompt_id = f"ioi:{template}:{order}:{io}:{s}"
+    prompt_id = _ioi_id(io, s, template, order)
     rng = random.Random(prompt_id)
     a, b = (io, s) if order == "ABBA" else (s, io)
     text = world.IOI_TEMPLATES[template].format(
@@ -88,17 +92,18 @@ def ioi_prompts(
     Unordered pairs of names are disjoint between splits.
     """
     chosen = tuple(range(len(world.IOI_TEMPLATES))) if templates is None else templates
-    by_name: dict[str, list[IoiPrompt]] = defaultdict(list)
+    # Ordered by their ids, of which there are thousands: only those that are taken are written.
+    by_name: dict[str, list[tuple[str, str, int, str]]] = defaultdict(list)
     for pair in name_pairs(split):
         for (io, s), template, order in itertools.product(
             (pair, pair[::-1]), chosen, ("ABBA", "BABA")
         ):
-            by_name[io].append(ioi_prompt(io, s, template, order))
-    for prompts in by_name.values():
-        prompts.sort(key=lambda p: _hash(f"{seed}:{p.id}"))
+            by_name[io].append((io, s, template, order))
+    for own in by_name.values():
+        own.sort(key=lambda made_of: _hash(f"{seed}:{_ioi_id(*made_of)}"))
     rounds = itertools.zip_longest(*(by_name[name] for name in world.NAMES))
-    ordered = [prompt for one_round in rounds for prompt in one_round if prompt is not None]
-    return _take(ordered, n, "ioi", split)
+    ordered = [made_of for one_round in rounds for made_of in one_round if made_of is not None]
+    return [ioi_prompt(*made_of) for made_of in _take(ordered, n, "ioi", split)]
 
 
 # --- multiple choice -------------------------------------------------------------------------
