@@ -505,7 +505,7 @@ def test_what_saes_cost_elsewhere_stands_beside_what_they_explain(tmp_path: Path
     for name in set(tables["variants"]) - set(audit["grid"]["variant"]):
         del tables["variants"][name]
     tables["recovery"] |= {"steps": 5, "refine_steps": 2}
-    tables["data"]["test"] = 8
+    tables["data"] |= {"fit": 100, "test": 8}
     said = holdfast("run", write(tmp_path / "fidelity.toml", tables), "--out", tmp_path / "run")
     assert said.code == 0, said.err
     run = RunFolder.read(tmp_path / "run")

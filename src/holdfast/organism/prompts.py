@@ -92,18 +92,25 @@ def ioi_prompts(
     Unordered pairs of names are disjoint between splits.
     """
     chosen = tuple(range(len(world.IOI_TEMPLATES))) if templates is None else templates
-    # Ordered by their ids, of which there are thousands: only those that are taken are written.
+    return [ioi_prompt(*parts) for parts in _take(_ioi_order(split, seed, chosen), n, "ioi", split)]
+
+
+@cache
+def _ioi_order(
+    split: Split, seed: int, templates: tuple[int, ...]
+) -> list[tuple[str, str, int, str]]:
+    """What `ioi_prompt` makes every prompt of a split from. There are thousands, most of which are
+    never written. Only read it."""
     by_name: dict[str, list[tuple[str, str, int, str]]] = defaultdict(list)
     for pair in name_pairs(split):
         for (io, s), template, order in itertools.product(
-            (pair, pair[::-1]), chosen, ("ABBA", "BABA")
+            (pair, pair[::-1]), templates, ("ABBA", "BABA")
         ):
             by_name[io].append((io, s, template, order))
     for own in by_name.values():
-        own.sort(key=lambda made_of: _hash(f"{seed}:{_ioi_id(*made_of)}"))
+        own.sort(key=lambda parts: _hash(f"{seed}:{_ioi_id(*parts)}"))
     rounds = itertools.zip_longest(*(by_name[name] for name in world.NAMES))
-    ordered = [made_of for one_round in rounds for made_of in one_round if made_of is not None]
-    return [ioi_prompt(*made_of) for made_of in _take(ordered, n, "ioi", split)]
+    return [parts for one_round in rounds for parts in one_round if parts is not None]
 
 
 # --- multiple choice -------------------------------------------------------------------------
