@@ -18,7 +18,7 @@ import pytest
 from holdfast.study import bundled
 
 SMALL = {"fit": 100, "tune": 16, "test": 16}
-SEARCH = {"steps": 20, "refine_steps": 10, "tolerance": 0.005, "doublings": 1}
+SEARCH = {"steps": 12, "refine_steps": 6, "tolerance": 0.005, "doublings": 1}
 BESIDE = {"scales": [1.0], "draws": 1, "margin_draws": 10}
 """Every kind of baseline and part beside a recovery, of each no more than it takes."""
 
