@@ -238,7 +238,7 @@ def test_projection_of_the_gradient_is_exact_under_plain_gradient_descent(
 def test_another_batch_size_gives_the_same_answers(
     subject: Subject, batch: Batch, bank: FeatureBank, clamp: FeatureEdit
 ) -> None:
-    spec = RecoverySpec(constraint=EncoderNull())
+    spec = RecoverySpec(constraint=EncoderNull(), steps=40, refine_steps=10)
     found = [
         recover(
             tiny_problem(
