@@ -214,7 +214,7 @@ def test_a_step_under_every_constraint(kind: str, tmp_path: Path) -> None:
 
 ANSWERS = {"max_new_tokens": 16, "n_forced": 8, "second_opinions": []}
 SHORT = {"steps": 10, "refine_steps": 4, "tolerance": 0.1}
-FEW = {"fit": 12, "tune": 3, "test": 3}
+FEW = {"fit": 20, "tune": 5, "test": 3}
 
 
 @pytest.fixture
