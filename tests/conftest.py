@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import settings
@@ -27,6 +29,13 @@ IDS = (1, 5, 9, 30)
 # Operations on tiny tensors gain nothing from two threads, and wait long for one that is not
 # scheduled (docs/log.md).
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay to the end: no later collection of garbage looks for any
+    among them. It would take half a second, and work that runs out of memory collects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, Final
 
 from pydantic import (
@@ -17,6 +18,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 IDENTITY: Final = {"identity": True}
 """The context in which a trial's identity is written: what is known by its hash without its path,
@@ -76,12 +78,16 @@ class Config(BaseModel):
     ) -> Any:
         data = handler(self)
         if in_identity(info) and not (info.context or {}).get("every_field"):
-            for name, field in type(self).model_fields.items():
-                if LATER in field.metadata and getattr(self, name) == field.get_default(
-                    call_default_factory=True
-                ):
+            for name, field in _later_fields(type(self)):
+                if getattr(self, name) == field.get_default(call_default_factory=True):
                     data.pop((info.by_alias and field.serialization_alias) or name, None)
         return data
+
+
+@cache
+def _later_fields(of: type[Config]) -> tuple[tuple[str, FieldInfo], ...]:
+    """Those that were added when trials were in use: every part of a trial asks for its own."""
+    return tuple((n, field) for n, field in of.model_fields.items() if LATER in field.metadata)
 
 
 class Kind(Config):

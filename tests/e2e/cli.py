@@ -18,7 +18,9 @@ import pytest
 from holdfast.study import bundled
 
 SMALL = {"fit": 100, "tune": 16, "test": 16}
-SEARCH = {"steps": 20, "refine_steps": 10, "tolerance": 0.005, "doublings": 1}
+SEARCH = {"steps": 12, "refine_steps": 6, "tolerance": 0.005, "doublings": 1}
+BESIDE = {"scales": [1.0], "draws": 1, "margin_draws": 10}
+"""Every kind of baseline and part beside a recovery, of each no more than it takes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def small_study(
     controls: Sequence[str | dict[str, Any]] | None = ("wrong_target",),
     **changes: Any,
 ) -> dict[str, Any]:
-    """The bundled study with some of its audits, few prompts and short searches.
+    """The bundled study with some of its audits, few prompts, short searches and few
+    vectors beside what they find.
 
     controls: None for the bundled study's own. `changes` replace whole tables of the study.
     """
@@ -71,6 +74,7 @@ def small_study(
     if controls is not None:
         study["controls"] = list(controls)
     study["recovery"] |= SEARCH
+    study["paths"] = dict(BESIDE)
     study["grid"] = {"recovery.constraint.kind": list(constraints)}
     if "ignorant" not in json.dumps(study["controls"]):
         del study["ignorant"]

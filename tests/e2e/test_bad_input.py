@@ -27,8 +27,9 @@ Change = Callable[[Study], Any]
 
 
 def tiny(**changes: Any) -> Study:
-    """One trial of a few prompts."""
-    study = small_study(controls=(), data={"fit": 60, "tune": 8, "test": 8}, **changes)
+    """One trial of a few prompts, whose vectors are compared with no others."""
+    few = {"fit": 60, "tune": 8, "test": 8}
+    study = small_study(controls=(), data=few, paths=False, **changes)
     study["recovery"] |= {"steps": 5, "refine_steps": 2, "tolerance": 0.5}
     return study
 
@@ -472,9 +473,9 @@ def test_an_sae_that_does_not_fit(tmp_path: Path) -> None:
     ],
 )
 def test_bad_feature_ids(tmp_path: Path, entries: list[Study], messages: list[str]) -> None:
-    study = with_second(discovery=given(*entries))
-    said = attempt(study, tmp_path / "run")
-    refused(said, *messages)
+    study = tiny()
+    study["audits"][0]["discovery"] = given(*entries)
+    refused(attempt(study, tmp_path / "run"), *messages)
 
 
 def test_a_mistake_in_the_second_audit_keeps_the_first(tmp_path: Path, sound: Path) -> None:
@@ -646,9 +647,7 @@ def lose_perturbation(trial: Path) -> Path:
 @pytest.mark.parametrize(
     "damage", [damage_record, damage_examples, damage_perturbation, lose_perturbation]
 )
-def test_a_damaged_record_and_the_remedy(
-    sound: Path, tmp_path: Path, damage: Callable[[Path], Path]
-) -> None:
+def test_a_damaged_record(sound: Path, tmp_path: Path, damage: Callable[[Path], Path]) -> None:
     folder = Path(shutil.copytree(sound, tmp_path / "run"))
     (trial,) = (folder / "trials").iterdir()
     file = damage(trial)
@@ -656,7 +655,15 @@ def test_a_damaged_record_and_the_remedy(
     for said in (attempt(tiny(), folder), holdfast("report", folder)):
         refused(said, re.escape(f"{file} is damaged"), re.escape(f"Remove {trial}"))
         assert files_of(folder) == spoilt, "nothing is repaired, reused or removed unasked"
-    shutil.rmtree(trial)  # what the message says
+
+
+def test_the_remedy_for_a_damaged_record(sound: Path, tmp_path: Path) -> None:
+    """What the message says: the trial's folder is removed, whatever was wrong in it."""
+    folder = Path(shutil.copytree(sound, tmp_path / "run"))
+    (trial,) = (folder / "trials").iterdir()
+    damage_examples(trial)
+    refused(attempt(tiny(), folder), re.escape(f"Remove {trial}"))
+    shutil.rmtree(trial)
     assert attempt(tiny(), folder).code == 0
     (again,), (before,) = (RunFolder.read(path).records() for path in (folder, sound))
     assert again["result"] == before["result"]

@@ -25,8 +25,11 @@ AUDITS = ("ioi", "mcq", "bottleneck", "second_route")
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled study, whose features are looked for on fewer prompts."""
     path = tmp_path_factory.mktemp("study") / "demo.toml"
-    path.write_text(bundled("demo"))
+    text = bundled("demo")
+    assert text.count("\nfit  = 400 ") == 1
+    path.write_text(text.replace("\nfit  = 400 ", "\nfit  = 100 "))
     return path
 
 
@@ -85,7 +88,7 @@ def test_every_clamp_of_the_demo_can_be_written_and_used(
 
 def test_it_is_the_clamp_of_the_run(tmp_path: Path) -> None:
     """What the records of a run say of every prompt is what the file does to it."""
-    study = write(tmp_path / "study.toml", small_study(controls=()))
+    study = write(tmp_path / "study.toml", small_study(controls=(), paths=False))
     assert holdfast("run", study, "--out", tmp_path / "run").code == 0
     path = tmp_path / "ioi.clamp.safetensors"
     said = holdfast("export", study, "--out", path)  # one audit: no need to name it

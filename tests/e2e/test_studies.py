@@ -421,7 +421,8 @@ def test_unlearning_of_the_organism(tmp_path: Path) -> None:
     """The features that the two corpora give hide the hazard domain and spare the others; with a
     laxer threshold another domain goes along, and no picker takes that."""
     fewer = ['audits.0.grid."intervention.value"=[-2.0]', "audits.0.controls=[]",
-             "recovery.steps=15", "recovery.refine_steps=4"]  # fmt: skip
+             "recovery.steps=15", "recovery.refine_steps=4",
+             "audits.1.paths.margin_draws=2"]  # fmt: skip
     sets = [part for value in fewer for part in ("--set", value)]
     said = holdfast("run", "unlearning", "--out", tmp_path / "run", *sets)
     assert said.code == 0, said.err
@@ -505,7 +506,7 @@ def test_what_saes_cost_elsewhere_stands_beside_what_they_explain(tmp_path: Path
     for name in set(tables["variants"]) - set(audit["grid"]["variant"]):
         del tables["variants"][name]
     tables["recovery"] |= {"steps": 5, "refine_steps": 2}
-    tables["data"]["test"] = 8
+    tables["data"] |= {"fit": 100, "test": 8}
     said = holdfast("run", write(tmp_path / "fidelity.toml", tables), "--out", tmp_path / "run")
     assert said.code == 0, said.err
     run = RunFolder.read(tmp_path / "run")

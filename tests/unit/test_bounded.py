@@ -210,7 +210,7 @@ def test_what_was_found_comes_to_the_record(found: Recovered) -> None:
 
 
 def test_overlaps_are_cosines_with_what_nobody_searched_for(found: Recovered) -> None:
-    record = follow(found, PathSpec(scales=(1.0,), draws=1), seed=0).record
+    record = follow(found, PathSpec(scales=(1.0,), draws=1, margin_draws=2), seed=0).record
     made = {row["name"]: row["cosine"] for row in record["overlaps"]}
     assert set(made) == {"undo", "answer_mean", "gradient_inside"}
     replay = found.problem.replay

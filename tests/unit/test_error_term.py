@@ -164,7 +164,7 @@ def make_trial(alpha: float, order: str, texts: Path | None = None) -> Trial:
                 "constraint": {"kind": "encoder_null"}, "order": order, "steps": 10,
                 "refine_steps": 4, "doublings": 1, "budget": {"relative": 1.0},
             },
-            "control": "none", "paths": {"scales": [1.0], "draws": 1},
+            "control": "none", "paths": {"scales": [1.0], "draws": 1, "margin_draws": 2},
         }
     )  # fmt: skip
 

@@ -372,8 +372,10 @@ def test_every_variant_of_a_recovery_is_counted(tmp_path: Path) -> None:
     clamp = FeatureEdit(FeatureBank.of(subject.sae(SITE), features), "set", 1.0)
     setting = set_up(subject, tiny_batch(subject, 4), features, (clamp,))
     setting = replace(setting, fit=tiny_batch(subject, 8, seed=1))
-    few = PathSpec(scales=(1.0, 3.0), draws=3, groups=2)
-    many = PathSpec(draws=1, groups=3, part_scales=(0.5, 1.0), likes=False, heads=False)
+    few = PathSpec(scales=(1.0, 3.0), draws=3, groups=2, margin_draws=1)
+    many = PathSpec(
+        draws=1, groups=3, part_scales=(0.5, 1.0), margin_draws=1, likes=False, heads=False
+    )
     for kind, spec in (("encoder_null", few), ("unconstrained", many)):
         for where in ("last_prompt", "all"):
             found = search(setting, kind, perturb={"positions": where})

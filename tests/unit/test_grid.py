@@ -99,7 +99,8 @@ FAST = {"steps": 4, "refine_steps": 2, "tolerance": 0.2, "doublings": 1}
 
 
 def sweep(values: list[object], **more: object) -> Study:
-    made = small_study(controls=(), grid={"recovery.budget.relative": values})
+    grid = {"recovery.budget.relative": values}
+    made = small_study(controls=(), grid=grid, paths=False)
     made["recovery"] |= FAST
     made["data"] = {"fit": 60, "tune": 4, "test": 6}
     made["audits"][0]["intervention"]["value"] = -5.0

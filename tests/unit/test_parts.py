@@ -150,7 +150,7 @@ def test_what_a_silent_sae_does_not_see_is_everything() -> None:
     assert parts.clamped.norm() == parts.other.norm() == parts.seen.norm() == 0
     torch.testing.assert_close(parts.residual, found.delta.double())
     assert (parts.rank == 0).all() and parts.switched["residual"].max() == 0
-    paths = follow(found, PathSpec(scales=(1.0,), draws=1), seed=0).record
+    paths = follow(found, PathSpec(scales=(1.0,), draws=1, margin_draws=2), seed=0).record
     assert paths["shapley"]["margin"]["residual"]["estimate"] == pytest.approx(1, abs=1e-6)
     alone = {row["name"]: row["back"]["estimate"] for row in paths["variants"]}
     assert alone["residual"] == 1 and alone["other"] == 0 and alone["all but residual"] == 0
@@ -161,7 +161,7 @@ def test_nothing_escapes_an_sae_that_reconstructs_everything() -> None:
     parts = split(found, 3)
     assert parts.residual.norm() < 1e-5 * found.delta.norm()
     torch.testing.assert_close(parts.explained, torch.ones_like(parts.explained))
-    paths = follow(found, PathSpec(scales=(1.0,), draws=1), seed=0).record
+    paths = follow(found, PathSpec(scales=(1.0,), draws=1, margin_draws=2), seed=0).record
     assert paths["shapley"]["margin"]["residual"]["estimate"] == pytest.approx(0, abs=1e-4)
     by_name = {row["name"]: row for row in paths["variants"]}
     assert by_name["all but residual"]["back"]["estimate"] == 1
@@ -205,7 +205,7 @@ def test_a_linear_readout_does_what_the_parts_predict() -> None:
         torch.testing.assert_close(
             made.margin - nothing.margin, predicted, atol=2e-4, rtol=1e-3
         )  # float32 logits
-    paths = follow(found, PathSpec(scales=(1.0,), draws=1), seed=0).record
+    paths = follow(found, PathSpec(scales=(1.0,), draws=1, margin_draws=2), seed=0).record
     whole = (found.delta.double().sum(1) * readout).sum(1)
     for name in EXACT:  # of an additive effect everybody gets what they bring
         own = (getattr(parts, name).sum(1) * readout).sum(1) / whole
@@ -214,7 +214,7 @@ def test_a_linear_readout_does_what_the_parts_predict() -> None:
 
 
 def test_shapley_values_sum_to_the_whole(found: Recovered) -> None:
-    record = follow(found, PathSpec(scales=(1.0,), draws=1), seed=0).record
+    record = follow(found, PathSpec(scales=(1.0,), draws=1, margin_draws=2), seed=0).record
     for what in ("margin", "back"):
         values = [record["shapley"][what][name]["estimate"] for name in EXACT]
         assert sum(values) == pytest.approx(1, abs=1e-6)
@@ -324,7 +324,7 @@ def test_parts_at_several_sites_sum_to_the_vectors(deep: Recovered) -> None:
 def test_a_site_without_an_sae_is_not_split_and_says_so(deep: Recovered) -> None:
     subject = replace(deep.case.subject, saes={Site(1): deep.case.subject.sae(Site(1))})
     lone = replace(deep, case=replace(deep.case, subject=subject))
-    record = follow(lone, PathSpec(scales=(1.0,), draws=1), seed=0).record
+    record = follow(lone, PathSpec(scales=(1.0,), draws=1, margin_draws=2), seed=0).record
     assert record["reason"] == f"no SAE at {Site(2)}"
     assert record["parts"] == [] and record["gram"] is None and record["shapley"] == {}
     names = [row["name"] for row in record["variants"]]

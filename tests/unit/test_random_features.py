@@ -147,7 +147,7 @@ def test_without_a_fit_split(setting: Setting) -> None:
 
 def test_prompts_that_a_random_clamp_suppresses_are_searched(tmp_path: Path) -> None:
     """Any features set to a thousand make any model forget: then these are held, and searched."""
-    made = small_study(("ioi",), controls=("random_features",))
+    made = small_study(("ioi",), controls=("random_features",), paths=False)
     made["data"] = {"fit": 60, "tune": 4, "test": 8}
     made["audits"][0]["intervention"] = {"kind": "clamp", "mode": "set", "value": 1000.0}
     made["recovery"] |= {"steps": 4, "refine_steps": 2, "tolerance": 0.2}
@@ -185,7 +185,8 @@ def test_several_draws_are_counted_together(setting: Setting) -> None:
 
 def test_a_random_clamp_that_suppresses_nothing_is_a_finding(tmp_path: Path) -> None:
     """Recorded, and read like every other trial; not an error, and not done again."""
-    made = small_study(("mcq",), controls=({"kind": "random_features", "draws": 2},))
+    control = {"kind": "random_features", "draws": 2}
+    made = small_study(("mcq",), controls=(control,), paths=False)
     made["audits"][0]["discovery"]["n_features"] = 2
     made["audits"][0]["intervention"]["value"] = -5.0
     made["recovery"] |= {"steps": 4, "refine_steps": 2, "tolerance": 0.2}

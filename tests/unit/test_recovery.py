@@ -270,7 +270,7 @@ def test_a_lane_that_a_step_left_where_it_was_goes_less_far(
 def test_another_batch_size_gives_the_same_answers(
     subject: Subject, batch: Batch, bank: FeatureBank, clamp: FeatureEdit
 ) -> None:
-    spec = RecoverySpec(constraint=EncoderNull())
+    spec = RecoverySpec(constraint=EncoderNull(), steps=40, refine_steps=10)
     found = [
         recover(
             tiny_problem(

@@ -35,7 +35,7 @@ def as_one_token(
         *start, last = encode(f"{prompt}{gap}{word}", special)
         if start != before or last == tokenizer.unk_token_id:
             continue
-        alone = [text for text in (" " + word, word) if encode(text, False) == [last]]
-        if alone:
-            found[word] = alone[0]
+        alone = (text for text in (" " + word, word) if encode(text, False) == [last])
+        if (text := next(alone, None)) is not None:
+            found[word] = text
     return found

@@ -62,9 +62,13 @@ class IoiPrompt:
     order: str  # "ABBA": the indirect object is named first, "BABA": second
 
 
+def _ioi_id(io: str, s: str, template: int, order: str) -> str:
+    return f"ioi:{template}:{order}:{io}:{s}"
+
+
 def ioi_prompt(io: str, s: str, template: int, order: str) -> IoiPrompt:
     """The one prompt with these two names, template and order."""
-    prompt_id = f"ioi:{template}:{order}:{io}:{s}"
+    prompt_id = _ioi_id(io, s, template, order)
     rng = random.Random(prompt_id)
     a, b = (io, s) if order == "ABBA" else (s, io)
     text = world.IOI_TEMPLATES[template].format(
@@ -88,17 +92,25 @@ def ioi_prompts(
     Unordered pairs of names are disjoint between splits.
     """
     chosen = tuple(range(len(world.IOI_TEMPLATES))) if templates is None else templates
-    by_name: dict[str, list[IoiPrompt]] = defaultdict(list)
+    return [ioi_prompt(*parts) for parts in _take(_ioi_order(split, seed, chosen), n, "ioi", split)]
+
+
+@cache
+def _ioi_order(
+    split: Split, seed: int, templates: tuple[int, ...]
+) -> list[tuple[str, str, int, str]]:
+    """What `ioi_prompt` makes every prompt of a split from. There are thousands, most of which are
+    never written. Only read it."""
+    by_name: dict[str, list[tuple[str, str, int, str]]] = defaultdict(list)
     for pair in name_pairs(split):
         for (io, s), template, order in itertools.product(
-            (pair, pair[::-1]), chosen, ("ABBA", "BABA")
+            (pair, pair[::-1]), templates, ("ABBA", "BABA")
         ):
-            by_name[io].append(ioi_prompt(io, s, template, order))
-    for prompts in by_name.values():
-        prompts.sort(key=lambda p: _hash(f"{seed}:{p.id}"))
+            by_name[io].append((io, s, template, order))
+    for own in by_name.values():
+        own.sort(key=lambda parts: _hash(f"{seed}:{_ioi_id(*parts)}"))
     rounds = itertools.zip_longest(*(by_name[name] for name in world.NAMES))
-    ordered = [prompt for one_round in rounds for prompt in one_round if prompt is not None]
-    return _take(ordered, n, "ioi", split)
+    return [parts for one_round in rounds for parts in one_round if parts is not None]
 
 
 # --- multiple choice -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -93,8 +94,10 @@ def render(data: ReportData, picture: str) -> str:
     )
 
 
+@cache
 def environment() -> Environment:
-    """Templates with every value escaped, and the words they share."""
+    """Templates with every value escaped, and the words they share. One for every page, so that a
+    template is compiled once."""
     env = Environment(
         loader=PackageLoader("holdfast.report", "templates"),
         autoescape=True,
