@@ -36,6 +36,11 @@ def perhaps(some: Tensor) -> bool:
     return waits(some.device) or bool(some.any())
 
 
+def _apart(device: torch.device) -> bool:
+    """Whether copies are made beside what the host does: there is a device, and none pretended."""
+    return device.type != "cpu" and torch.accelerator.is_available()
+
+
 class Behind:
     """What a loop asks in every round, answered a round later where the host would have to wait."""
 
@@ -47,8 +52,6 @@ class Behind:
         the first time."""
         if not waits(values.device):
             return values.numpy()
-        if values.device.type == "cpu":  # pretended: what is written to it later was not asked
-            values = values.clone()
         before, self._asked = self._asked, Question.of(values)
         return None if before is None else before.answer()
 
@@ -73,9 +76,9 @@ class Question:
 
     @classmethod
     def of(cls, values: Tensor) -> Question:
-        """values [n …], which are not written to any more."""
-        if values.device.type == "cpu":
-            return cls(values)
+        """values [n …] as they are now."""
+        if not _apart(values.device):
+            return cls(values.to("cpu", copy=True))
         # Only into pinned memory is a copy made beside what both sides do.
         copy = torch.empty_like(values, device="cpu", pin_memory=True)
         copy.copy_(values, non_blocking=True)
@@ -97,7 +100,9 @@ class Question:
 
 def carried(values: Tensor, device: torch.device) -> Tensor:
     """Values [...] that the host has, on a device that is not waited for."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+    if not _apart(device):
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def sent(rows: Sequence[int] | NDArray[Any], device: torch.device) -> Tensor:
