@@ -591,9 +591,15 @@ def test_only_what_leads_out_of_its_ball_is_taken_back_along_the_set(
     assert unasked is not None and not unasked.any()
 
 
-@pytest.mark.parametrize("mode", ["multiply", "set_where_active"])
-def test_later_tokens_are_held_after_the_whole_search(mode: str, deep: Subject) -> None:
-    """In the saved vectors alone, at every layer and token, under clamps that read the state."""
+@pytest.mark.parametrize(
+    ("mode", "late"), [("multiply", False), ("set_where_active", False), ("set_where_active", True)]
+)
+def test_later_tokens_are_held_after_the_whole_search(
+    mode: str, late: bool, deep: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the saved vectors alone, at every layer and token, under clamps that read the state; where
+    answers come at once, and a round later."""
+    pretend(monkeypatch, late)
     prompts = tiny_batch(deep, 2)
     clamps = clamps_of(banks_of(deep), mode)
     problem = posed(deep, prompts, clamps, back=2)
